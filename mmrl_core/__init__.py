@@ -1,0 +1,22 @@
+"""mmrl: one GRPO core, any backend, any modality.
+
+What a plugin needs is importable from here without importing torch.
+"""
+
+from mmrl_core.contracts import Reward, RewardResult, Sample
+from mmrl_core.hookspecs import API_VERSION, Component, Probe, hookimpl
+from mmrl_core.rewards.function import reward
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "API_VERSION",
+    "Component",
+    "Probe",
+    "Reward",
+    "RewardResult",
+    "Sample",
+    "__version__",
+    "hookimpl",
+    "reward",
+]

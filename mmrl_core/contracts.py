@@ -1,0 +1,578 @@
+"""The contracts between the GRPO core and its components, and the types that pass between them.
+
+Shapes: B samples (rows) of one replica, T actions. An *action* is one stochastic choice: a token, or one denoising
+step. Rows of a group (the G samples of one prompt) are adjacent and never split. `Rollouts` live in host memory;
+policies move what they need to the device inside `replay`.
+
+This module imports no torch at run time, so that reward packages can import it anywhere.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from mmrl_core.recipe import ModelSpec, OptimizerSpec, Recipe
+    from mmrl_core.world import World
+
+Record = dict[str, "list[Tensor]"]
+"""Per-row tensors of a policy's own: names to a list with one tensor a row. Rows of a group may share a tensor."""
+
+Bucket = Sequence[tuple[str, "Tensor"]]
+"""Some weights: (Hugging Face name, full tensor). A weight stream is an iterator of buckets."""
+
+
+# ---------------------------------------------------------------------------------------------- what is passed around
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """One question. Exactly one of `messages` (a chat, rendered by the policy) and `text` (used as it is) is set."""
+
+    index: int
+    """Position in the run's order of prompts; names the prompt's row in errors together with `origin`."""
+    messages: tuple[Mapping[str, str], ...] | None = None
+    text: str | None = None
+    answer: Any = None
+    """The reference answer that rewards compare with, or None."""
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    """Other columns of the data row, for rewards."""
+    origin: str = ""
+    """Where the row came from: `file:line`, or the generator's words."""
+
+    def question(self) -> str:
+        """The text a person reads: the raw text, or the last user message."""
+        if self.text is not None:
+            return self.text
+        return next((m["content"] for m in reversed(self.messages or ()) if m["role"] == "user"), "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """The decoded result that a reward looks at."""
+
+    sample_id: int
+    group_id: int
+    prompt: Prompt
+    text: str | None = None
+    image: Any = None
+    """uint8 array [H, W, 3], or None."""
+    video: Any = None
+    """uint8 array [frames, H, W, 3], or None."""
+    length: int = 0
+    """Number of actions taken."""
+    truncated: bool = False
+
+    @property
+    def answer(self) -> Any:
+        """The prompt's reference answer."""
+        return self.prompt.answer
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardResult:
+    """A value or a failure, never both. `scores` are named sub-scores for the metrics."""
+
+    value: float | None = None
+    failure: str | None = None
+    scores: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationRequest:
+    """One prompt to sample a group from."""
+
+    prompt: Prompt
+    group_id: int
+    """Index of the prompt in the step's global batch."""
+    sample_ids: tuple[int, ...]
+    """Global ids of the samples to draw; the group size is their number."""
+    seeds: tuple[int, ...]
+    """One seed a sample, derived from (run seed, step, sample id): independent of ranks and batching."""
+
+
+@dataclass(kw_only=True)
+class Rollouts:
+    """One replica's samples. Every rank of a replica holds the same."""
+
+    group_id: Tensor
+    """[B] int64."""
+    sample_id: Tensor
+    """[B] int64."""
+    mask: Tensor
+    """[B, T] bool: actions that count (response tokens up to and including EOS; the trained denoising steps)."""
+    behaviour_log_probs: Tensor
+    """[B, T] fp32: at sampling time, under the engine's declared semantics; 0 where not `mask`."""
+    truncated: Tensor
+    """[B] bool: stopped by the length limit."""
+    policy_version: int
+    """How many updates the sampling weights had seen."""
+    payload: Record
+    """What replay needs, by row: token ids; latents and embeddings."""
+    samples: list[Sample] = field(default_factory=list)
+    """Decoded, for rewards; one a row, or empty once scored."""
+
+    def __len__(self) -> int:
+        return int(self.group_id.shape[0])
+
+
+@dataclass(kw_only=True)
+class ActionStats:
+    """What a policy returns for a slice of actions of some rows."""
+
+    log_probs: Tensor
+    """[b, t] fp32, with gradient when the caller enabled it."""
+    entropy: Tensor | None = None
+    """[b, t] fp32, with gradient only when asked for."""
+    kl: Tensor | None = None
+    """[b, t]: divergence from the reference record, when the policy owns its form (Gaussians). Tokens leave it None:
+    the loss estimates it from log-probs."""
+
+
+@dataclass(kw_only=True)
+class LossBatch:
+    """What a loss reads beside the ActionStats, for the same rows and actions."""
+
+    advantages: Tensor
+    """[b] fp32."""
+    mask: Tensor
+    """[b, t] bool."""
+    weight: Tensor
+    """[b, t] fp32: mask / (normaliser counted over the global minibatch). Summing weight * x over micro-batches and
+    replicas gives the recipe's aggregation of x."""
+    metric_weight: Tensor
+    """[b, t] fp32: mask / (number of actions in the global minibatch): sums to a mean over actions."""
+    behaviour_log_probs: Tensor
+    """[b, t] fp32."""
+    old_log_probs: Tensor | None = None
+    """[b, t] fp32, or None: the current log-probs, detached (one update per rollout)."""
+    reference_log_probs: Tensor | None = None
+    """[b, t] fp32, or None: no KL term, or one that the policy computes."""
+
+
+@dataclass(kw_only=True)
+class LossOutput:
+    """A loss's answer for some rows and actions."""
+
+    loss: Tensor
+    """Scalar: a *sum* over actions (already weighted), never a mean."""
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    """Metrics that add up over micro-batches and replicas (weighted by `metric_weight`)."""
+    maxima: dict[str, Tensor] = field(default_factory=dict)
+    """Metrics combined by maximum."""
+
+
+class Loss(Protocol):
+    """A pure function of ActionStats and the minibatch."""
+
+    scope: Literal["action", "sequence"]
+    """`action`: terms of different actions are independent, so a backend may slice along T. `sequence`: whole rows
+    are needed; a backend that slices takes the row's log-probs first without gradient and feeds dL/dlogp back."""
+    entropy_gradient: bool
+    """Whether the entropy must carry gradient."""
+
+    def __call__(self, stats: ActionStats, batch: LossBatch) -> LossOutput: ...
+
+
+@dataclass(kw_only=True)
+class Minibatch:
+    """One replica's share of one optimizer step. Rows of a group are adjacent; shares may be empty or uneven."""
+
+    rollouts: Rollouts
+    advantages: Tensor
+    """[B] fp32."""
+    weight: Tensor
+    """[B, T], see LossBatch."""
+    metric_weight: Tensor
+    """[B, T], see LossBatch."""
+    old_log_probs: Tensor | None = None
+    """[B, T] or None."""
+    reference: Record | None = None
+    """The policy's reference record, by row, or None."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replica:
+    """The ranks that hold the same data (a TP x PP x SP x CP block)."""
+
+    index: int
+    """Which replica this rank belongs to, 0 <= index < count."""
+    count: int
+    """Number of replicas."""
+    is_root: bool
+    """True on exactly one rank of each replica."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogProbSemantics:
+    """What an engine's behaviour log-probs mean."""
+
+    temperature_applied: bool
+    """The logits were divided by the sampling temperature first."""
+    truncation_renormalised: bool
+    """Log-probs are of the distribution after top-p / top-k / min-p, renormalised. False: of the full softmax."""
+    dtype: str
+    """Precision the log-softmax was computed in."""
+    tolerance: float
+    """Largest |engine - replay| log-prob difference expected, same weights, at the engine's dtype."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunContext:
+    """What every component is given at set-up."""
+
+    world: World
+    device: DeviceOps
+    seed: int
+    deterministic: bool
+    run_dir: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSpec:
+    """What a training backend is asked to do."""
+
+    optimizer: OptimizerSpec
+    total_updates: int
+    """Optimizer steps in the whole run, for learning-rate schedules."""
+    reference: bool
+    """A frozen reference is needed. With LoRA it is the adapter switched off; else a second copy."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryStats:
+    """Bytes; None where the device cannot say."""
+
+    allocated: int | None
+    peak: int | None
+    total: int | None
+
+
+# ----------------------------------------------------------------------------------------------------------- contracts
+
+
+class DeviceOps(ABC):
+    """Everything that differs between kinds of device. Constructed without arguments; `activate` binds this rank."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def activate(self, local_rank: int) -> torch.device:
+        """Make the rank's device current and return it. Raises DeviceError when there is no such device."""
+
+    @property
+    @abstractmethod
+    def torch_device(self) -> torch.device:
+        """The device `activate` returned."""
+
+    @property
+    @abstractmethod
+    def process_group_backend(self) -> str:
+        """For `torch.distributed.init_process_group`; must also serve CPU tensors, e.g. `"cpu:gloo,cuda:nccl"`."""
+
+    @abstractmethod
+    def device_count(self) -> int:
+        """How many ranks this machine can hold."""
+
+    @abstractmethod
+    def supports(self, dtype: torch.dtype) -> bool:
+        """Whether training in `dtype` works on this device."""
+
+    @abstractmethod
+    def synchronize(self) -> None:
+        """Wait for queued work, so that wall-clock timings mean something."""
+
+    @abstractmethod
+    def memory(self) -> MemoryStats:
+        """Memory of this rank's device (of this process, on a CPU)."""
+
+    @abstractmethod
+    def reset_peak_memory(self) -> None:
+        """Start a new peak measurement where the device can."""
+
+    @abstractmethod
+    def empty_cache(self) -> None:
+        """Return cached memory to the device."""
+
+    @abstractmethod
+    def rng_state(self) -> Tensor:
+        """The device generator's state, a uint8 CPU tensor."""
+
+    @abstractmethod
+    def set_rng_state(self, state: Tensor) -> None:
+        """Restore what `rng_state` returned."""
+
+    @abstractmethod
+    def seed(self, seed: int) -> None:
+        """Seed the device generator and the CPU generator."""
+
+    @abstractmethod
+    def set_deterministic(self, enabled: bool) -> None:
+        """Ask for bit-reproducible kernels; raises DeviceError where the device cannot."""
+
+    @abstractmethod
+    def elapsed(self) -> AbstractContextManager[Callable[[], float]]:
+        """Time a block on the device: `with ops.elapsed() as seconds: ...; seconds()` after the block."""
+
+    @abstractmethod
+    def profiler_activities(self) -> Sequence[Any]:
+        """Activities for `torch.profiler.profile`."""
+
+    def peak_flops(self, dtype: torch.dtype) -> float | None:
+        """Peak FLOP/s from the vendor's data sheet, or None: unknown is unknown."""
+        return None
+
+    def peak_bandwidth(self) -> float | None:
+        """Peak memory bandwidth in bytes/s, or None."""
+        return None
+
+    def fused_ops(self) -> frozenset[str]:
+        """Names of fused operators on offer; the core knows `adamw`."""
+        return frozenset()
+
+
+class Policy(ABC):
+    """A model family: how prompts are encoded, how a trajectory is replayed, how weights are named and saved."""
+
+    def __init__(self, options: Any, model: ModelSpec, sampling: Any) -> None:
+        self.options = options
+        self.model = model
+        self.sampling = sampling
+
+    @abstractmethod
+    def prepare(self) -> None:
+        """Load what is needed beside the weights (tokenizer, processor, config). Raises ModelError."""
+
+    @abstractmethod
+    def load(self, dtype: torch.dtype) -> nn.Module:
+        """Build the network with its weights (and adapters, with `model.lora`), on the CPU.
+
+        The module's `forward(function, *args)` must run `function(network, *args)`, so that sharding backends see
+        every use as one forward of the root.
+        """
+
+    @abstractmethod
+    def encode(self, prompt: Prompt) -> dict[str, Tensor]:
+        """The prompt's part of the payload. Raises DataError naming `prompt.origin`."""
+
+    @abstractmethod
+    def decode(self, rollouts: Rollouts, requests: Sequence[GenerationRequest]) -> list[Sample]:
+        """One Sample a row."""
+
+    @abstractmethod
+    def replay(
+        self,
+        module: nn.Module,
+        batch: Rollouts,
+        *,
+        actions: slice = slice(None),
+        entropy_gradient: bool = False,
+        reference: Record | None = None,
+    ) -> ActionStats:
+        """Log-probs of the recorded actions under the module's weights, the sampling temperature applied, dropout
+        off. Runs under the caller's grad mode. Shapes [b, t] with t the length of `actions`."""
+
+    @abstractmethod
+    def reference_record(self, module: nn.Module, batch: Rollouts) -> Record:
+        """What later replays need from the frozen reference: `log_probs` for tokens, means for Gaussians."""
+
+    def reference_network(self, module: nn.Module) -> AbstractContextManager[None]:
+        """Within the block, `module` computes as the reference (adapters off). Only called when `model.lora`."""
+        return nullcontext()
+
+    def action_slices(self, count: int) -> Sequence[slice]:
+        """How `count` actions may be cut so that each slice is one forward. Tokens: one slice. Diffusion: one a
+        step, so that memory does not grow with the number of steps."""
+        return [slice(0, count)]
+
+    @abstractmethod
+    def shard_units(self, module: nn.Module) -> Sequence[nn.Module]:
+        """Blocks to shard, checkpoint and offload one at a time, in forward order."""
+
+    @abstractmethod
+    def weight_name(self, parameter: str) -> str:
+        """The Hugging Face name of a parameter of the loaded module."""
+
+    @abstractmethod
+    def save_weights(self, directory: Path, weights: Iterable[Bucket]) -> None:
+        """Write an ordinary Hugging Face folder (safetensors, config, tokenizer) from a full stream of weights."""
+
+    @abstractmethod
+    def lengths(self, rollouts: Rollouts) -> tuple[list[int], list[int]]:
+        """(prompt lengths, response lengths), one a row, for the metrics."""
+
+    def flops(self, rollouts: Rollouts) -> float | None:
+        """Floating-point operations of one forward over these rows as the model needs them, or None: unknown."""
+        return None
+
+
+class TrainingBackend(ABC):
+    """Owns the network, the optimizer, its schedule and the fp32 master weights. Every method is collective over the
+    world: every rank calls it, in the same order, even with an empty share."""
+
+    def __init__(self, options: Any) -> None:
+        self.options = options
+
+    @abstractmethod
+    def setup(self, context: RunContext, policy: Policy, training: TrainingSpec) -> None:
+        """Build, shard and place everything. Raises BackendError or ModelError."""
+
+    @property
+    @abstractmethod
+    def replica(self) -> Replica:
+        """This rank's replica."""
+
+    @abstractmethod
+    def replay(self, rollouts: Rollouts) -> ActionStats:
+        """Current log-probs and entropy without gradient, [B, T] on the CPU."""
+
+    @abstractmethod
+    def reference(self, rollouts: Rollouts) -> Record:
+        """The frozen reference's record, by row, on the CPU."""
+
+    @abstractmethod
+    def update(self, minibatch: Minibatch, loss: Loss) -> dict[str, float]:
+        """One optimizer step on the *sum* of the loss over micro-batches and replicas (never an average).
+
+        Returns metrics that are the same on every rank: the loss's, `grad_norm` (before clipping), `actor/lr` and
+        `actor/skipped_updates` (1.0 when a non-finite gradient made all ranks skip the step together)."""
+
+    @abstractmethod
+    def gradients(self, minibatch: Minibatch, loss: Loss) -> Iterator[Bucket]:
+        """The gradient `update` would step on, by Hugging Face name, full tensors; nothing is changed. For proofs."""
+
+    @abstractmethod
+    def export_weights(self, form: Literal["merged", "adapter"] = "merged") -> Iterator[Bucket]:
+        """Stream the current weights in buckets; every rank must exhaust the iterator."""
+
+    @abstractmethod
+    def inference_module(self) -> AbstractContextManager[nn.Module]:
+        """Within the block, the live module runs forward without collectives, so that ranks may generate at
+        different speeds. Raises BackendError when the layout cannot offer that."""
+
+    @abstractmethod
+    def save(self, directory: Path, *, optimizer: bool) -> None:
+        """Write weights and, when asked, optimizer and schedule, resharding-safe, into an empty directory."""
+
+    @abstractmethod
+    def load(self, directory: Path, *, optimizer: bool) -> None:
+        """Restore what `save` wrote."""
+
+    @abstractmethod
+    def offload(self) -> None:
+        """Free device memory between phases; a no-op where host and device are one."""
+
+    @abstractmethod
+    def onload(self) -> None:
+        """Undo `offload`."""
+
+
+class RolloutEngine(ABC):
+    """Samples groups of trajectories."""
+
+    weights: Literal["own", "shared"] = "own"
+    """`shared`: generates with the backend's live module (see TrainingBackend.inference_module)."""
+    deterministic: bool = False
+    """Same weights, requests and batching give bit-equal rollouts."""
+
+    def __init__(self, options: Any) -> None:
+        self.options = options
+
+    @abstractmethod
+    def setup(self, context: RunContext, policy: Policy, backend: TrainingBackend | None) -> None:
+        """Prepare. `backend` is None outside training (evaluation of a model folder): own weights are needed."""
+
+    @property
+    @abstractmethod
+    def replica(self) -> Replica:
+        """This rank's engine replica."""
+
+    @property
+    @abstractmethod
+    def semantics(self) -> LogProbSemantics:
+        """What the behaviour log-probs mean."""
+
+    @abstractmethod
+    def generate(self, requests: Sequence[GenerationRequest], sampling: Any) -> Rollouts:
+        """Sample every request's group, in the order of the requests. Collective over the engine replica."""
+
+    @abstractmethod
+    def update_weights(self, weights: Iterator[Bucket] | None, version: int) -> None:
+        """Take the new weights. `weights` is None for shared weights; else it must be exhausted."""
+
+    def sleep(self) -> None:
+        """Free device memory until `wake`."""
+
+    def wake(self) -> None:
+        """Undo `sleep`."""
+
+    def close(self) -> None:
+        """Free everything."""
+
+
+class Reward(ABC):
+    """Scores samples. Lives in one process, scored once per replica."""
+
+    batch_size: int = 64
+    """Samples a call of `score`, unless the recipe says otherwise."""
+
+    def __init__(self, options: Any = None) -> None:
+        self.options = options
+
+    def setup(self, device: str) -> None:
+        """Load what scoring needs, once, on `device` (a torch device string)."""
+
+    @abstractmethod
+    def score(self, samples: Sequence[Sample]) -> Sequence[RewardResult]:
+        """One result a sample, in order. Raising fails the whole batch."""
+
+    def onload(self) -> None:
+        """Bring weights to the device before scoring."""
+
+    def offload(self) -> None:
+        """Release device memory after scoring."""
+
+
+class PromptSource(ABC):
+    """An ordered, seekable stream of prompts, the same on every rank."""
+
+    def __init__(self, options: Any, seed: int) -> None:
+        self.options = options
+        self.seed = seed
+
+    @abstractmethod
+    def prepare(self) -> None:
+        """Open and check the data. Raises DataError naming the file and the row."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Prompts in one epoch."""
+
+    @abstractmethod
+    def prompt(self, index: int) -> Prompt:
+        """The `index`-th prompt of the run, index >= 0 and unbounded: epochs follow each other, each in its own
+        order. A pure function of (data, options, seed, index), which makes resuming exact."""
+
+    @abstractmethod
+    def digest(self) -> str:
+        """Changes when the data or its order changes; compared between ranks and across resumes."""
+
+
+class Launcher(ABC):
+    """Runs the same program on every rank."""
+
+    def __init__(self, options: Any) -> None:
+        self.options = options
+
+    @abstractmethod
+    def launch(self, recipe: Recipe) -> int:
+        """Run `mmrl_core.launch.worker.main(recipe)` on every rank; returns the exit status (0: all ranks ended
+        well)."""

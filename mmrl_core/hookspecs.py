@@ -1,0 +1,128 @@
+"""Every hook of mmrl: the whole plugin API in one sitting.
+
+A plugin is an installed distribution with an entry point in the group `mmrl` that names a module (or object)
+holding hook implementations::
+
+    # pyproject.toml
+    [project.entry-points.mmrl]
+    my-plugin = "my_package.plugin"
+
+    # my_package/plugin.py
+    from mmrl_core import Component, hookimpl
+
+    mmrl_api = 1
+
+    @hookimpl
+    def mmrl_rewards():
+        return [Component(name="brevity", summary="Short answers", target="my_package.rewards:brevity")]
+
+Two kinds of hook exist. *Declaring* hooks take nothing and return a list of `Component`: names and dotted
+strings, so that listing and validating import neither torch nor the plugin's heavy dependencies. *Lifecycle* hooks
+observe a run on rank 0; they may change nothing and call no collective.
+
+This module imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+if TYPE_CHECKING:
+    from mmrl_core.contracts import Sample
+    from mmrl_core.recipe import Recipe
+
+PROJECT = "mmrl"
+ENTRY_POINT_GROUP = "mmrl"
+API_VERSION = 1
+"""The integer a plugin states as `mmrl_api`. It grows when a hook or a contract changes incompatibly."""
+
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Component:
+    """One named thing that a plugin declares.
+
+    Every reference is a dotted string `"package.module:attribute"`, resolved only when the component is used.
+    """
+
+    name: str
+    """The word users write in a recipe: lower case letters, digits, `-`, `_`."""
+    summary: str
+    """One line for `mmrl plugins`."""
+    target: str
+    """The class (or, for rewards, the function decorated with `@reward`) that implements the contract."""
+    options: str | None = None
+    """A pydantic model of the component's options. Its module must import no torch. None: no options."""
+    probe: str | None = None
+    """A function `() -> Probe` that says whether the component can run here, cheaply and without heavy imports."""
+    sampling: str | None = None
+    """Policies only: a pydantic model of the recipe's `sampling` section. Its module must import no torch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """A probe's answer."""
+
+    available: bool
+    reason: str = ""
+    """Why not, or a detail worth showing (a version, a device name)."""
+    cure: str = ""
+    """The command or step that makes it available."""
+
+
+class DeclaringHooks:
+    """One hook per seam. Each is called once per plugin, by itself, and its exceptions are attributed to it."""
+
+    @hookspec
+    def mmrl_device_ops(self) -> Sequence[Component]:  # type: ignore[empty-body]
+        """Declare devices; each target is a `mmrl_core.contracts.DeviceOps`."""
+
+    @hookspec
+    def mmrl_training_backends(self) -> Sequence[Component]:  # type: ignore[empty-body]
+        """Declare training backends; each target is a `mmrl_core.contracts.TrainingBackend`."""
+
+    @hookspec
+    def mmrl_rollout_engines(self) -> Sequence[Component]:  # type: ignore[empty-body]
+        """Declare rollout engines; each target is a `mmrl_core.contracts.RolloutEngine`."""
+
+    @hookspec
+    def mmrl_rewards(self) -> Sequence[Component]:  # type: ignore[empty-body]
+        """Declare rewards; each target is a `mmrl_core.contracts.Reward` or a function decorated with `@reward`."""
+
+    @hookspec
+    def mmrl_policies(self) -> Sequence[Component]:  # type: ignore[empty-body]
+        """Declare model families; each target is a `mmrl_core.contracts.Policy`."""
+
+    @hookspec
+    def mmrl_launchers(self) -> Sequence[Component]:  # type: ignore[empty-body]
+        """Declare launchers; each target is a `mmrl_core.contracts.Launcher`."""
+
+    @hookspec
+    def mmrl_prompt_sources(self) -> Sequence[Component]:  # type: ignore[empty-body]
+        """Declare prompt sources; each target is a `mmrl_core.contracts.PromptSource`."""
+
+    @hookspec
+    def mmrl_writers(self) -> Sequence[Component]:  # type: ignore[empty-body]
+        """Declare metric writers; each target is a class whose instances implement lifecycle hooks."""
+
+
+class LifecycleHooks:
+    """Observers of a run, called on rank 0 only, once a step at most, never inside the micro-batch loop."""
+
+    @hookspec
+    def mmrl_run_start(self, recipe: Recipe, run_dir: str, first_step: int) -> None:
+        """The run is about to start at step `first_step` (1, or more after a resume)."""
+
+    @hookspec
+    def mmrl_step_end(self, step: int, metrics: Mapping[str, float], samples: Sequence[Sample]) -> None:
+        """A step ended. `metrics` are final for the step; `samples` are some of rank 0's decoded samples."""
+
+    @hookspec
+    def mmrl_run_end(self, summary: Mapping[str, Any]) -> None:
+        """The run ended, normally or not: `summary["outcome"]` says which."""

@@ -1,0 +1,414 @@
+"""Discovery, declaration and selection of components.
+
+We iterate the entry points ourselves instead of letting pluggy do it, so that one broken plugin never hides another
+and every component is attributed to its distribution. This module imports no torch.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import importlib.metadata
+import inspect
+import json
+import logging
+import os
+import re
+import traceback
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any, cast
+
+import pluggy
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from mmrl_core.errors import PluginError, RecipeError, nearest
+from mmrl_core.hookspecs import (
+    API_VERSION,
+    ENTRY_POINT_GROUP,
+    PROJECT,
+    Component,
+    DeclaringHooks,
+    LifecycleHooks,
+    Probe,
+)
+from mmrl_core.recipe import Choice, Recipe
+from mmrl_core.yaml_source import Location, RecipeSource
+
+log = logging.getLogger("mmrl.plugins")
+
+KINDS = {
+    "device": "mmrl_device_ops",
+    "backend": "mmrl_training_backends",
+    "rollout": "mmrl_rollout_engines",
+    "reward": "mmrl_rewards",
+    "policy": "mmrl_policies",
+    "launcher": "mmrl_launchers",
+    "prompt source": "mmrl_prompt_sources",
+    "writer": "mmrl_writers",
+}
+"""Kind of component -> the hook that declares it."""
+
+CORE_DISTRIBUTION = "mmrl-core"
+
+
+@dataclass(kw_only=True)
+class Plugin:
+    """One entry point of the group `mmrl`, loaded or not."""
+
+    name: str
+    distribution: str
+    version: str
+    module: str
+    error: str | None = None
+    """Why it is not usable; None when it is."""
+    blocked: bool = False
+    components: dict[str, list[Component]] = field(default_factory=dict)
+    """By kind."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """A component together with the distribution that declares it."""
+
+    kind: str
+    component: Component
+    distribution: str
+    version: str
+
+    @property
+    def name(self) -> str:
+        """The component's word."""
+        return self.component.name
+
+    def load(self) -> Any:
+        """Import and return the component's target."""
+        return import_string(self.component.target, f"{self.kind} {self.name!r} of {self.distribution} {self.version}")
+
+    def probe(self) -> Probe:
+        """Whether it can run here. A probe that raises counts as unavailable, with its error as the reason."""
+        if self.component.probe is None:
+            return Probe(available=True)
+        try:
+            return cast(Probe, import_string(self.component.probe, f"probe of {self.kind} {self.name!r}")())
+        except Exception as error:
+            return Probe(available=False, reason=f"its probe failed: {type(error).__name__}: {error}")
+
+    def evaluation_sampling(self) -> dict[str, Any]:
+        """A policy's sampling overrides for evaluation: its sampling model's `evaluation_defaults`."""
+        if self.component.sampling is None:
+            return {}
+        model = import_string(self.component.sampling, f"sampling options of {self.kind} {self.name!r}")
+        return dict(getattr(model, "evaluation_defaults", {}))
+
+    def validate(self, source: RecipeSource, options: dict[str, Any], at: Location) -> Any:
+        """The options as the component's model, or None for a component without options. Raises RecipeError."""
+        return _validated(self, self.component.options, source, options, at)
+
+
+@dataclass(kw_only=True)
+class Plugins:
+    """Every plugin of this environment."""
+
+    manager: pluggy.PluginManager
+    plugins: list[Plugin]
+
+    def found(self, kind: str) -> list[Found]:
+        """Usable components of one kind, in the order of discovery (ours first)."""
+        return [
+            Found(kind=kind, component=c, distribution=p.distribution, version=p.version)
+            for p in self.plugins
+            if p.error is None and not p.blocked
+            for c in p.components.get(kind, [])
+        ]
+
+    def get(self, kind: str, word: str) -> Found:
+        """The component called `word` or `distribution:word`.
+
+        Raises PluginError when there is none (naming the nearest, and any plugin that failed to load), or when two
+        distributions declare it.
+        """
+        distribution, _, name = word.rpartition(":")
+        candidates = [f for f in self.found(kind) if f.name == name]
+        if distribution:
+            wanted = canonicalize_name(distribution)
+            candidates = [f for f in candidates if canonicalize_name(f.distribution) == wanted]
+        if len(candidates) == 1:
+            return candidates[0]
+        if candidates:
+            names = " and ".join(f"{f.distribution} {f.version}" for f in candidates)
+            choices = " or ".join(f"{f.distribution}:{name}" for f in candidates)
+            raise PluginError(f"{kind} {name!r} is declared by {names}. Say which: {choices}")
+        known = sorted({f.name for f in self.found(kind)})
+        message = f"no {kind} called {word!r}.{nearest(name, known)} Installed: {', '.join(known) or 'none'}."
+        for plugin in self.plugins:
+            if plugin.error is not None:
+                first = plugin.error.strip().splitlines()[-1]
+                message += f"\nPlugin {plugin.distribution} {plugin.version} failed to load and may declare it: {first}"
+                if not distribution or canonicalize_name(distribution) == canonicalize_name(plugin.distribution):
+                    message += f"\n{plugin.error.rstrip()}"
+            elif plugin.blocked:
+                message += f"\nPlugin {plugin.distribution} is blocked by MMRL_PLUGINS or MMRL_DISABLE_PLUGINS."
+        raise PluginError(message)
+
+
+def import_string(dotted: str, what: str) -> Any:
+    """Import `"package.module:attribute"`. Raises PluginError naming `what` and the cause."""
+    module_name, _, attribute = dotted.partition(":")
+    try:
+        target: Any = importlib.import_module(module_name)
+        for part in attribute.split("."):
+            target = getattr(target, part)
+        return target
+    except Exception as error:
+        raise PluginError(f"{what}: cannot import {dotted!r}: {type(error).__name__}: {error}") from error
+
+
+@functools.lru_cache(maxsize=1)
+def load_plugins() -> Plugins:
+    """Discover and load every plugin, once a process. Never raises for a broken plugin: it is a row with an error."""
+    manager = pluggy.PluginManager(PROJECT)
+    manager.add_hookspecs(DeclaringHooks)
+    manager.add_hookspecs(LifecycleHooks)
+    allow = _words("MMRL_PLUGINS")
+    deny = _words("MMRL_DISABLE_PLUGINS")
+    plugins: list[Plugin] = []
+    for entry in _entry_points():
+        assert entry.dist is not None
+        plugin = Plugin(
+            name=entry.name, distribution=entry.dist.name, version=entry.dist.version, module=entry.value
+        )
+        plugins.append(plugin)
+        names = {canonicalize_name(plugin.distribution), canonicalize_name(plugin.name)}
+        core = canonicalize_name(plugin.distribution) == CORE_DISTRIBUTION
+        if not core and ((allow and not names & allow) or names & deny):
+            plugin.blocked = True
+            continue
+        try:
+            _check_requirement(entry.dist)
+            module = entry.load()
+            _check_api(module)
+            _check_hooks(manager, module)
+            manager.register(module, name=f"{plugin.distribution}:{plugin.name}")
+            for kind, hook in KINDS.items():
+                plugin.components[kind] = _declare(module, hook)
+        except Exception as error:
+            if isinstance(error, PluginError):
+                plugin.error = f"PluginError: {error}"
+            else:
+                plugin.error = "".join(traceback.format_exception(error))
+            registered = manager.get_plugin(f"{plugin.distribution}:{plugin.name}")
+            if registered is not None:
+                manager.unregister(registered)
+    return Plugins(manager=manager, plugins=plugins)
+
+
+def warn_unusable(plugins: Plugins) -> None:
+    """One WARNING line for each plugin that failed to load although nothing named it."""
+    for plugin in plugins.plugins:
+        if plugin.error is not None:
+            cause = plugin.error.strip().splitlines()[-1]
+            log.warning(
+                "plugin %s %s failed to load (%s); details: mmrl doctor", plugin.distribution, plugin.version, cause
+            )
+
+
+def _entry_points() -> list[importlib.metadata.EntryPoint]:
+    """Ours first, then by distribution and name; an editable install beside a wheel counts once."""
+    unique: dict[tuple[str, str, str], importlib.metadata.EntryPoint] = {}
+    for entry in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
+        if entry.dist is not None:
+            unique.setdefault((canonicalize_name(entry.dist.name), entry.name, entry.value), entry)
+    return [unique[key] for key in sorted(unique, key=lambda k: (k[0] != CORE_DISTRIBUTION, k))]
+
+
+def _words(variable: str) -> set[str]:
+    return {str(canonicalize_name(w)) for w in re.split(r"[,\s]+", os.environ.get(variable, "")) if w}
+
+
+def _check_requirement(distribution: importlib.metadata.Distribution) -> None:
+    installed = importlib.metadata.version(CORE_DISTRIBUTION)
+    for text in distribution.requires or []:
+        requirement = Requirement(text)
+        if canonicalize_name(requirement.name) != CORE_DISTRIBUTION:
+            continue
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        if not requirement.specifier.contains(installed, prereleases=True):
+            raise PluginError(
+                f"{distribution.name} {distribution.version} requires {requirement}, but mmrl-core {installed} is "
+                f"installed. Cure: pip install --upgrade {distribution.name} mmrl-core"
+            )
+
+
+def _check_api(module: ModuleType) -> None:
+    stated = getattr(module, "mmrl_api", None)
+    if stated != API_VERSION:
+        raise PluginError(
+            f"{module.__name__} states mmrl_api = {stated!r}; this mmrl-core speaks {API_VERSION}. "
+            f"Cure: set `mmrl_api = {API_VERSION}` in the plugin module, or install a matching version"
+        )
+
+
+def _check_hooks(manager: pluggy.PluginManager, module: ModuleType) -> None:
+    """Every hook implementation must be one of ours, with arguments that the hook passes."""
+    specs = {name: f for c in (DeclaringHooks, LifecycleHooks) for name, f in inspect.getmembers(c, inspect.isfunction)}
+    for name, function in inspect.getmembers(module, inspect.isroutine):
+        if manager.parse_hookimpl_opts(module, name) is None:
+            continue
+        where = f"{module.__name__}.{name}"
+        if name not in specs:
+            raise PluginError(f"{where} implements no hook of mmrl.{nearest(name, specs)}")
+        given = list(inspect.signature(function).parameters)
+        offered = [p for p in inspect.signature(specs[name]).parameters if p != "self"]
+        unknown = [p for p in given if p not in offered]
+        if unknown:
+            raise PluginError(
+                f"{where}({', '.join(given)}): the hook passes no {unknown[0]!r}."
+                f"{nearest(unknown[0], offered)} It passes: {', '.join(offered) or 'nothing'}"
+            )
+
+
+def _declare(module: ModuleType, hook: str) -> list[Component]:
+    function = getattr(module, hook, None)
+    if function is None:
+        return []
+    declared = function()
+    where = f"{module.__name__}.{hook}()"
+    if not isinstance(declared, Iterable) or isinstance(declared, str | bytes):
+        raise PluginError(f"{where} returned {type(declared).__name__}; return a list of Component")
+    components = list(declared)
+    for component in components:
+        if not isinstance(component, Component):
+            raise PluginError(f"{where} returned a {type(component).__name__} in its list; each item is a Component")
+        if not re.fullmatch(r"[a-z0-9][a-z0-9_.-]*", component.name):
+            raise PluginError(f"{where}: component name {component.name!r} must match [a-z0-9][a-z0-9_.-]*")
+        for dotted in (component.target, component.options, component.probe, component.sampling):
+            if dotted is not None and not re.fullmatch(r"[\w.]+:[\w.]+", dotted):
+                raise PluginError(f"{where}: {component.name}: {dotted!r} is not of the form 'package.module:name'")
+    return components
+
+
+# -------------------------------------------------------------------------------------------------- what a recipe names
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selected:
+    """A component that the recipe names, with its validated options."""
+
+    found: Found
+    options: Any
+
+    def create(self, *arguments: Any) -> Any:
+        """Import the target and construct it with its options (and `arguments` after them)."""
+        return self.found.load()(self.options, *arguments)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """Everything the recipe names, found and checked."""
+
+    device: Selected
+    launcher: Selected
+    policy: Selected
+    backend: Selected
+    rollout: Selected
+    data: Selected
+    rewards: Sequence[Selected]
+    writers: Sequence[Selected]
+    sampling: Any
+    eval_data: Selected | None
+    eval_sampling: Any
+
+    def all(self) -> list[Selected]:
+        """Every selected component."""
+        single = [self.device, self.launcher, self.policy, self.backend, self.rollout, self.data]
+        return [*single, *self.rewards, *self.writers, *([self.eval_data] if self.eval_data else [])]
+
+    def digest(self) -> str:
+        """Of (distribution, version, kind, name) of every component: ranks compare it before they start."""
+        rows = sorted((s.found.distribution, s.found.version, s.found.kind, s.found.name) for s in self.all())
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+
+
+def resolve(recipe: Recipe, source: RecipeSource, plugins: Plugins | None = None) -> Selection:
+    """Find every component the recipe names and validate its options. Imports options modules only.
+
+    Raises RecipeError listing every problem with its line.
+    """
+    plugins = plugins or load_plugins()
+    problems: list[str] = []
+
+    def select(kind: str, choice: Choice, at: Location) -> Selected | None:
+        try:
+            word = _automatic(kind, choice.name, plugins)
+            found = plugins.get(kind, word)
+            return Selected(found=found, options=found.validate(source, choice.options, at))
+        except PluginError as error:
+            problems.append(str(source.error((*at, "name") if (*at, "name") in source.lines else at, str(error))))
+        except RecipeError as error:
+            problems.append(str(error))
+        return None
+
+    def sampling(policy: Selected | None, values: dict[str, Any], at: Location) -> Any:
+        if policy is None:
+            return None
+        try:
+            return _validated(policy.found, policy.found.component.sampling, source, values, at)
+        except RecipeError as error:
+            problems.append(str(error))
+            return None
+
+    policy = select("policy", recipe.model.policy, ("model", "policy"))
+    chosen = {
+        "device": select("device", recipe.device, ("device",)),
+        "launcher": select("launcher", recipe.launcher, ("launcher",)),
+        "policy": policy,
+        "backend": select("backend", recipe.backend, ("backend",)),
+        "rollout": select("rollout", recipe.rollout, ("rollout",)),
+        "data": select("prompt source", recipe.data, ("data",)),
+        "rewards": [select("reward", c, ("rewards", i)) for i, c in enumerate(recipe.rewards)],
+        "writers": [select("writer", c, ("writers", i)) for i, c in enumerate(recipe.writers)],
+        "sampling": sampling(policy, recipe.sampling, ("sampling",)),
+        "eval_data": None,
+        "eval_sampling": None,
+    }
+    if recipe.eval is not None:
+        chosen["eval_data"] = select("prompt source", recipe.eval.data, ("eval", "data"))
+        defaults = policy.found.evaluation_sampling() if policy else {}
+        merged = {**recipe.sampling, **defaults, **recipe.eval.sampling}
+        chosen["eval_sampling"] = sampling(policy, merged, ("eval", "sampling"))
+    names = [c.name for c in recipe.rewards]
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            problems.append(str(source.error(("rewards", i), f"reward {name!r} is listed twice; add up its weights")))
+    if problems:
+        raise RecipeError("\n".join(problems))
+    return Selection(**chosen)  # type: ignore[arg-type]
+
+
+def _automatic(kind: str, word: str, plugins: Plugins) -> str:
+    """The component that `auto` stands for."""
+    if word != "auto":
+        return word
+    if kind == "launcher":
+        return "torchrun" if "TORCHELASTIC_RUN_ID" in os.environ or "RANK" in os.environ else "local"
+    assert kind == "device"
+    for found in plugins.found("device"):
+        if found.name != "cpu" and found.component.probe is not None and found.probe().available:
+            return f"{found.distribution}:{found.name}"
+    return "cpu"
+
+
+def _validated(
+    found: Found, model: str | None, source: RecipeSource, options: dict[str, Any], at: Location
+) -> Any:
+    if model is None:
+        if options:
+            raise source.error((*at, next(iter(options))), f"{found.kind} {found.name!r} takes no options")
+        return None
+    kind = import_string(model, f"options of {found.kind} {found.name!r} of {found.distribution}")
+    return source.validate(kind, options, at)
