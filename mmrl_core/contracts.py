@@ -352,8 +352,8 @@ class Policy(ABC):
         """Load what is needed beside the weights (tokenizer, processor, config). Raises ModelError."""
 
     @abstractmethod
-    def load(self, dtype: torch.dtype) -> nn.Module:
-        """Build the network with its weights (and adapters, with `model.lora`), on the CPU.
+    def load(self, dtype: torch.dtype, *, adapters: bool = True) -> nn.Module:
+        """Build the network with its weights (and, with `model.lora` and `adapters`, its adapters), on the CPU.
 
         The module's `forward(function, *args)` must run `function(network, *args)`, so that sharding backends see
         every use as one forward of the root.
@@ -362,6 +362,11 @@ class Policy(ABC):
     @abstractmethod
     def encode(self, prompt: Prompt) -> dict[str, Tensor]:
         """The prompt's part of the payload. Raises DataError naming `prompt.origin`."""
+
+    def accepts(self, prompt: Prompt) -> bool:
+        """False: leave this prompt out (too long, and the recipe says to skip such prompts). Raises DataError when
+        the recipe says that it must not happen."""
+        return True
 
     @abstractmethod
     def decode(self, rollouts: Rollouts, requests: Sequence[GenerationRequest]) -> list[Sample]:
@@ -388,6 +393,11 @@ class Policy(ABC):
         """Within the block, `module` computes as the reference (adapters off). Only called when `model.lora`."""
         return nullcontext()
 
+    @property
+    @abstractmethod
+    def max_actions(self) -> int:
+        """Most actions a sample can have: the length limit; the number of trained steps."""
+
     def action_slices(self, count: int) -> Sequence[slice]:
         """How `count` actions may be cut so that each slice is one forward. Tokens: one slice. Diffusion: one a
         step, so that memory does not grow with the number of steps."""
@@ -410,8 +420,23 @@ class Policy(ABC):
         """(prompt lengths, response lengths), one a row, for the metrics."""
 
     def flops(self, rollouts: Rollouts) -> float | None:
-        """Floating-point operations of one forward over these rows as the model needs them, or None: unknown."""
+        """Floating-point operations of one forward over these rows that the model really needs (a group's prompt
+        once), or None: unknown."""
         return None
+
+
+class TokenPolicy(Policy):
+    """A policy whose actions are tokens; text rollout engines rely on what is here.
+
+    Payload by row: `prompt_ids` [L] and `response_ids` [R], int64; rows of a group share one `prompt_ids` tensor.
+    """
+
+    tokenizer: Any
+    """The transformers tokenizer, after `prepare`."""
+    eos_ids: frozenset[int]
+    """Token ids that end a response, after `prepare`."""
+    pad_id: int
+    """The token id that fills padding, after `prepare`."""
 
 
 class TrainingBackend(ABC):

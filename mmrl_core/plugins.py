@@ -10,24 +10,20 @@ import functools
 import hashlib
 import importlib
 import importlib.metadata
-import inspect
 import json
 import logging
 import os
 import re
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from types import ModuleType
 from typing import Any, cast
 
 import pluggy
-from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from mmrl_core.errors import PluginError, RecipeError, nearest
 from mmrl_core.hookspecs import (
-    API_VERSION,
     ENTRY_POINT_GROUP,
     PROJECT,
     Component,
@@ -35,7 +31,9 @@ from mmrl_core.hookspecs import (
     LifecycleHooks,
     Probe,
 )
+from mmrl_core.plugin_checks import CORE_DISTRIBUTION, check_api, check_hooks, check_requirement, declared
 from mmrl_core.recipe import Choice, Recipe
+from mmrl_core.rewards.function import RewardFunction
 from mmrl_core.yaml_source import Location, RecipeSource
 
 log = logging.getLogger("mmrl.plugins")
@@ -51,8 +49,6 @@ KINDS = {
     "writer": "mmrl_writers",
 }
 """Kind of component -> the hook that declares it."""
-
-CORE_DISTRIBUTION = "mmrl-core"
 
 
 @dataclass(kw_only=True)
@@ -175,27 +171,28 @@ def load_plugins() -> Plugins:
     manager.add_hookspecs(LifecycleHooks)
     allow = _words("MMRL_PLUGINS")
     deny = _words("MMRL_DISABLE_PLUGINS")
+    named: set[str] = set()
     plugins: list[Plugin] = []
     for entry in _entry_points():
         assert entry.dist is not None
-        plugin = Plugin(
-            name=entry.name, distribution=entry.dist.name, version=entry.dist.version, module=entry.value
-        )
+        plugin = Plugin(name=entry.name, distribution=entry.dist.name, version=entry.dist.version, module=entry.value)
         plugins.append(plugin)
         names = {canonicalize_name(plugin.distribution), canonicalize_name(plugin.name)}
+        named |= names
         core = canonicalize_name(plugin.distribution) == CORE_DISTRIBUTION
         if not core and ((allow and not names & allow) or names & deny):
             plugin.blocked = True
             continue
         try:
-            _check_requirement(entry.dist)
+            check_requirement(entry.dist)
             module = entry.load()
-            _check_api(module)
-            _check_hooks(manager, module)
+            check_api(module, entry.value)
+            check_hooks(manager, module, entry.value)
             manager.register(module, name=f"{plugin.distribution}:{plugin.name}")
             for kind, hook in KINDS.items():
-                plugin.components[kind] = _declare(module, hook)
-        except Exception as error:
+                plugin.components[kind] = declared(module, hook, entry.value)
+        except (Exception, SystemExit) as error:  # a plugin that exits must not take the command with it
+            plugin.components.clear()
             if isinstance(error, PluginError):
                 plugin.error = f"PluginError: {error}"
             else:
@@ -203,6 +200,9 @@ def load_plugins() -> Plugins:
             registered = manager.get_plugin(f"{plugin.distribution}:{plugin.name}")
             if registered is not None:
                 manager.unregister(registered)
+    for variable, words in (("MMRL_PLUGINS", allow), ("MMRL_DISABLE_PLUGINS", deny)):
+        for word in sorted(words - named):
+            log.warning("%s names %r, but no such plugin is installed.%s", variable, word, nearest(word, named))
     return Plugins(manager=manager, plugins=plugins)
 
 
@@ -229,69 +229,6 @@ def _words(variable: str) -> set[str]:
     return {str(canonicalize_name(w)) for w in re.split(r"[,\s]+", os.environ.get(variable, "")) if w}
 
 
-def _check_requirement(distribution: importlib.metadata.Distribution) -> None:
-    installed = importlib.metadata.version(CORE_DISTRIBUTION)
-    for text in distribution.requires or []:
-        requirement = Requirement(text)
-        if canonicalize_name(requirement.name) != CORE_DISTRIBUTION:
-            continue
-        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
-            continue
-        if not requirement.specifier.contains(installed, prereleases=True):
-            raise PluginError(
-                f"{distribution.name} {distribution.version} requires {requirement}, but mmrl-core {installed} is "
-                f"installed. Cure: pip install --upgrade {distribution.name} mmrl-core"
-            )
-
-
-def _check_api(module: ModuleType) -> None:
-    stated = getattr(module, "mmrl_api", None)
-    if stated != API_VERSION:
-        raise PluginError(
-            f"{module.__name__} states mmrl_api = {stated!r}; this mmrl-core speaks {API_VERSION}. "
-            f"Cure: set `mmrl_api = {API_VERSION}` in the plugin module, or install a matching version"
-        )
-
-
-def _check_hooks(manager: pluggy.PluginManager, module: ModuleType) -> None:
-    """Every hook implementation must be one of ours, with arguments that the hook passes."""
-    specs = {name: f for c in (DeclaringHooks, LifecycleHooks) for name, f in inspect.getmembers(c, inspect.isfunction)}
-    for name, function in inspect.getmembers(module, inspect.isroutine):
-        if manager.parse_hookimpl_opts(module, name) is None:
-            continue
-        where = f"{module.__name__}.{name}"
-        if name not in specs:
-            raise PluginError(f"{where} implements no hook of mmrl.{nearest(name, specs)}")
-        given = list(inspect.signature(function).parameters)
-        offered = [p for p in inspect.signature(specs[name]).parameters if p != "self"]
-        unknown = [p for p in given if p not in offered]
-        if unknown:
-            raise PluginError(
-                f"{where}({', '.join(given)}): the hook passes no {unknown[0]!r}."
-                f"{nearest(unknown[0], offered)} It passes: {', '.join(offered) or 'nothing'}"
-            )
-
-
-def _declare(module: ModuleType, hook: str) -> list[Component]:
-    function = getattr(module, hook, None)
-    if function is None:
-        return []
-    declared = function()
-    where = f"{module.__name__}.{hook}()"
-    if not isinstance(declared, Iterable) or isinstance(declared, str | bytes):
-        raise PluginError(f"{where} returned {type(declared).__name__}; return a list of Component")
-    components = list(declared)
-    for component in components:
-        if not isinstance(component, Component):
-            raise PluginError(f"{where} returned a {type(component).__name__} in its list; each item is a Component")
-        if not re.fullmatch(r"[a-z0-9][a-z0-9_.-]*", component.name):
-            raise PluginError(f"{where}: component name {component.name!r} must match [a-z0-9][a-z0-9_.-]*")
-        for dotted in (component.target, component.options, component.probe, component.sampling):
-            if dotted is not None and not re.fullmatch(r"[\w.]+:[\w.]+", dotted):
-                raise PluginError(f"{where}: {component.name}: {dotted!r} is not of the form 'package.module:name'")
-    return components
-
-
 # -------------------------------------------------------------------------------------------------- what a recipe names
 
 
@@ -303,8 +240,14 @@ class Selected:
     options: Any
 
     def create(self, *arguments: Any) -> Any:
-        """Import the target and construct it with its options (and `arguments` after them)."""
-        return self.found.load()(self.options, *arguments)
+        """Import the target and construct it: a device without arguments, anything else with its options (and
+        `arguments` after them). A function decorated with `@reward` becomes a Reward."""
+        target = self.found.load()
+        if self.found.kind == "device":
+            return target()
+        if isinstance(target, RewardFunction):
+            return target.create(self.options)
+        return target(self.options, *arguments)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -387,7 +330,7 @@ def resolve(recipe: Recipe, source: RecipeSource, plugins: Plugins | None = None
             problems.append(str(source.error(("rewards", i), f"reward {name!r} is listed twice; add up its weights")))
     if problems:
         raise RecipeError("\n".join(problems))
-    return Selection(**chosen)  # type: ignore[arg-type]
+    return Selection(**chosen)
 
 
 def _automatic(kind: str, word: str, plugins: Plugins) -> str:
@@ -396,16 +339,15 @@ def _automatic(kind: str, word: str, plugins: Plugins) -> str:
         return word
     if kind == "launcher":
         return "torchrun" if "TORCHELASTIC_RUN_ID" in os.environ or "RANK" in os.environ else "local"
-    assert kind == "device"
+    if kind != "device":  # no other kind has an automatic choice: "auto" is a name like any other
+        return word
     for found in plugins.found("device"):
         if found.name != "cpu" and found.component.probe is not None and found.probe().available:
             return f"{found.distribution}:{found.name}"
     return "cpu"
 
 
-def _validated(
-    found: Found, model: str | None, source: RecipeSource, options: dict[str, Any], at: Location
-) -> Any:
+def _validated(found: Found, model: str | None, source: RecipeSource, options: dict[str, Any], at: Location) -> Any:
     if model is None:
         if options:
             raise source.error((*at, next(iter(options))), f"{found.kind} {found.name!r} takes no options")

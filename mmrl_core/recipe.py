@@ -7,9 +7,17 @@ named components and checks their options with the models that their plugins sup
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from mmrl_core.yaml_source import RecipeSource
 
@@ -17,11 +25,38 @@ Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
+DEFAULT_DEADLINE_S = 60.0
+"""Seconds a batch of a reward may take in a worker when the recipe gives no `deadline_s`."""
+
+
+def _admits_bool(annotation: Any) -> bool:
+    """Whether a field of this type may be true or false."""
+    if annotation in (bool, Any, object) or isinstance(annotation, bool):
+        return True
+    return any(_admits_bool(argument) for argument in get_args(annotation))
+
 
 class Spec(BaseModel):
     """Base of every recipe section and of component options: unknown fields are errors, values are immutable."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        validate_default=True,
+        use_attribute_docstrings=True,
+        ser_json_inf_nan="constants",
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _as_written(cls, value: Any, info: ValidationInfo) -> Any:
+        """Python counts true as 1; a recipe does not. Options without a name belong to the default component."""
+        field = cls.model_fields.get(info.field_name or "")
+        if isinstance(value, bool) and field is not None and not _admits_bool(field.annotation):
+            raise ValueError("true and false are no value for this field")
+        if isinstance(value, dict) and field is not None and isinstance(field.default, Choice) and "name" not in value:
+            return {"name": field.default.name, **value}
+        return value
 
 
 class Choice(Spec):
@@ -36,9 +71,12 @@ class Choice(Spec):
         if isinstance(value, str):
             return {"name": value}
         if isinstance(value, dict):
-            rest = {k: v for k, v in value.items() if k not in cls._own_fields()}
+            nested = value.get("options", {})  # `options: {...}` is the same, spelled out
+            if not isinstance(nested, dict):
+                raise ValueError("options is a mapping of the component's options")
             own = {k: v for k, v in value.items() if k in cls._own_fields()}
-            return {**own, "options": rest}
+            rest = {k: v for k, v in value.items() if k not in cls.model_fields}
+            return {**own, "options": {**rest, **nested}}
         return value
 
     @classmethod
@@ -86,7 +124,7 @@ class LoraSpec(Spec):
     """Scale numerator: the update is scaled by alpha / rank."""
     target_modules: list[str] | Literal["all-linear"] = "all-linear"
     """Module name suffixes to adapt."""
-    dropout: Literal[0.0] = 0.0
+    dropout: Annotated[float, Field(ge=0, le=0)] = 0.0
     """Always 0: dropout is off in replay, so that ratios start at exactly 1."""
 
 
@@ -134,7 +172,8 @@ class AdvantageSpec(Spec):
     """How rewards become advantages."""
 
     name: Literal["grpo", "dr_grpo", "rloo", "global_std"] = "grpo"
-    """grpo: (r - mean) / std of the group; dr_grpo: r - mean; rloo: leave one out; global_std: group mean, batch std."""
+    """grpo: (r - mean) / std of the group; dr_grpo: r - mean; rloo: leave one out; global_std: group mean, std of the
+    batch."""
     eps: Annotated[float, Field(ge=0)] = 1e-6
     """Added to the standard deviation."""
     clamp: Annotated[float, Field(gt=0)] | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import types
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
@@ -11,6 +12,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from mmrl_core.errors import RecipeError, nearest
+
+_EXPONENT = r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+"
 
 Location = tuple[str | int, ...]
 Model = TypeVar("Model", bound=BaseModel)
@@ -54,7 +57,8 @@ class RecipeSource:
         if not separator or not key.strip():
             raise RecipeError(f"override {text!r}: write key=value, for example algorithm.steps=10")
         try:
-            value = yaml.safe_load(raw)
+            root = yaml.compose(raw, Loader=yaml.SafeLoader)
+            value = _build(root, (), {}, Path(f"override {text!r}")) if root is not None else None
         except yaml.YAMLError as error:
             raise RecipeError(f"override {text!r}: the value is not valid YAML: {error}") from error
         parts: list[str | int] = [int(p) if p.isdigit() else p for p in key.strip().split(".")]
@@ -70,7 +74,7 @@ class RecipeSource:
                 child = {"name": child}  # `backend: fsdp2` plus `backend.option=value`
             elif child is None:
                 child = {}
-            target[part] = child  # type: ignore[index]
+            target[part] = child
             target = child
         last = parts[-1]
         if isinstance(target, list):
@@ -84,7 +88,10 @@ class RecipeSource:
             target[last] = value
         else:
             raise RecipeError(f"override {text!r}: {_dotted(tuple(parts[:-1]))} is not a section")
-        self.overridden[tuple(parts)] = text
+        place = tuple(parts)
+        for stale in [at for at in self.lines if at[: len(place)] == place]:
+            del self.lines[stale]
+        self.overridden[place] = text
 
     def where(self, location: Location) -> str:
         """`file:line`, or the override, of the value at `location` or of its nearest enclosing section."""
@@ -108,6 +115,8 @@ class RecipeSource:
             problems = []
             for detail in error.errors(include_url=False):
                 location = self._real_location(at, detail["loc"])
+                if detail["type"] == "missing" and location[-1:] != detail["loc"][-1:]:
+                    location = (*location, detail["loc"][-1])  # of a component given as a plain word
                 problems.append(f"{self.where(location)}: {_dotted(location)}: {_explain(detail, model)}")
             raise RecipeError("\n".join(problems)) from None
 
@@ -116,8 +125,10 @@ class RecipeSource:
         real: list[str | int] = list(at)
         value: Any = self.data
         for part in at:
-            inside = isinstance(value, dict) and part in value or isinstance(value, list) and isinstance(part, int)
-            value = value[part] if inside else None
+            if isinstance(value, dict):
+                value = value.get(part)
+            else:
+                value = value[part] if isinstance(value, list) and isinstance(part, int) else None
         for position, part in enumerate(loc):
             last = position == len(loc) - 1
             if (isinstance(value, dict) and (part in value or last)) or (value is None and last):
@@ -130,9 +141,25 @@ class RecipeSource:
         return tuple(real)
 
 
-def _build(node: yaml.Node, at: Location, lines: dict[Location, int], path: Path) -> Any:
-    """Plain data from a YAML node; records the line of every value; duplicate keys are errors."""
+def reads_as_string(text: str) -> bool:
+    """Whether the plain (unquoted) scalar `text` is read as that string by a recipe: what its writer must know."""
+    node = yaml.compose(text, Loader=yaml.SafeLoader) if _plain(text) else None
+    return isinstance(node, yaml.ScalarNode) and node.style is None and _scalar(node) == text
+
+
+def _plain(text: str) -> bool:
+    """Cheap and strict: anything unusual is quoted by the writer anyway."""
+    return re.fullmatch(r"[A-Za-z0-9_./+-]+", text) is not None
+
+
+def _build(
+    node: yaml.Node, at: Location, lines: dict[Location, int], path: Path, above: tuple[yaml.Node, ...] = ()
+) -> Any:
+    """Plain data from a YAML node; records the line of every value; duplicate keys and cycles are errors."""
     lines.setdefault(at, node.start_mark.line + 1)
+    if any(node is parent for parent in above):
+        raise RecipeError(f"{path}:{node.start_mark.line + 1}: {_dotted(at)}: a value that contains itself")
+    above = (*above, node)
     if isinstance(node, yaml.MappingNode):
         mapping: dict[str, Any] = {}
         for key_node, value_node in node.value:
@@ -144,17 +171,21 @@ def _build(node: yaml.Node, at: Location, lines: dict[Location, int], path: Path
                 first = lines[(*at, key)]
                 raise RecipeError(f"{path}:{line}: {_dotted((*at, key))}: given twice (first on line {first})")
             lines[(*at, key)] = line
-            mapping[key] = _build(value_node, (*at, key), lines, path)
+            mapping[key] = _build(value_node, (*at, key), lines, path, above)
         return mapping
     if isinstance(node, yaml.SequenceNode):
-        return [_build(child, (*at, i), lines, path) for i, child in enumerate(node.value)]
+        return [_build(child, (*at, i), lines, path, above) for i, child in enumerate(node.value)]
     assert isinstance(node, yaml.ScalarNode)
-    value = yaml.SafeLoader("").construct_object(node)  # type: ignore[no-untyped-call]
-    if isinstance(value, str) and node.style is None:
-        try:  # YAML 1.1 reads 1e-5 as a string; everybody means the number
-            return float(value) if value[0] in "+-.0123456789" and "e" in value.lower() else value
-        except (ValueError, IndexError):
-            return value
+    return _scalar(node)
+
+
+def _scalar(node: yaml.ScalarNode) -> Any:
+    """A string, number, truth value or null."""
+    if node.tag == "tag:yaml.org,2002:timestamp":  # recipes have no dates: 2024-01-01 is a name
+        return node.value
+    value = yaml.SafeLoader("").construct_object(node)
+    if isinstance(value, str) and node.style is None and re.fullmatch(_EXPONENT, value):
+        return float(value)  # YAML 1.1 reads 1e-5 as a string; everybody means the number
     return value
 
 
@@ -175,9 +206,11 @@ def _explain(detail: ErrorDetails, model: type[BaseModel]) -> str:
     message = message.removeprefix("value error, ")
     if kind == "literal_error":
         expected = detail.get("ctx", {}).get("expected", "")
-        hint = nearest(value, [w.strip(" '") for w in expected.replace(" or ", ",").split(",")]) if isinstance(
-            value, str
-        ) else ""
+        hint = (
+            nearest(value, [w.strip(" '") for w in expected.replace(" or ", ",").split(",")])
+            if isinstance(value, str)
+            else ""
+        )
         return f"got {value!r}; allowed: {expected}.{hint}"
     return f"{message} (got {_short(value)})"
 

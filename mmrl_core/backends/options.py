@@ -1,0 +1,22 @@
+"""Options of the built-in training backends. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from mmrl_core.recipe import Positive, Spec
+
+
+class Fsdp2Options(Spec):
+    """PyTorch `fully_shard`; on one rank in fp32 the plain module."""
+
+    micro_batch_groups: Positive = 1
+    """Groups in one forward and backward. Larger is faster and needs more memory; the result is the same."""
+    activation_checkpointing: bool = False
+    """Recompute each block in the backward pass instead of keeping its activations."""
+    reshard_after_forward: bool = True
+    """Free a block's gathered weights after its forward (less memory) or keep them until backward (less traffic)."""
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision in which gradients are summed over ranks."""
+    offload: bool = False
+    """Move weights and optimizer state to the host while the rollout engine works."""

@@ -1,0 +1,95 @@
+"""Held-out evaluation: the same rewards on prompts that training does not draw."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mmrl_core.contracts import GenerationRequest
+from mmrl_core.errors import RewardError
+from mmrl_core.grpo.collect import score_everywhere, seed_of, take_prompts
+from mmrl_core.grpo.run import Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Scores of a set of prompts, in the prompts' order."""
+
+    questions: tuple[str, ...]
+    scores: tuple[float, ...]
+    """Mean over a prompt's samples."""
+    texts: tuple[str, ...]
+    """The first sample of each prompt."""
+
+    @property
+    def mean(self) -> float:
+        """Mean over prompts."""
+        return sum(self.scores) / len(self.scores)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairedTest:
+    """Exact two-sided sign test: ties leave no evidence; under the null each change is as likely up as down."""
+
+    better: int
+    worse: int
+    ties: int
+    p_value: float
+
+
+def evaluate(run: Run) -> Evaluation:
+    """Generate and score the recipe's evaluation prompts with the engine's current weights. Collective.
+
+    A sample whose reward failed fails the evaluation: a mean over what is left would be another quantity.
+    """
+    spec, source = run.recipe.eval, run.eval_source
+    assert spec is not None
+    assert source is not None
+    prompts = take_prompts(source, run, spec.prompts)
+    size = spec.samples_per_prompt
+    replica = run.engine.replica
+    local: list[tuple[int, float, str]] = []
+    failures: list[str] = []
+    for start in range(0, len(prompts), spec.batch_prompts * replica.count):
+        batch = range(start, min(start + spec.batch_prompts * replica.count, len(prompts)))
+        requests = [
+            GenerationRequest(
+                prompt=prompts[i],
+                group_id=i,
+                sample_ids=tuple(range(i * size, (i + 1) * size)),
+                seeds=tuple(seed_of(run.recipe.seed, 0, i * size + j) for j in range(size)),
+            )
+            for i in batch
+        ]
+        rollouts = run.engine.generate(requests[replica.index :: replica.count], run.eval_sampling)
+        scored = score_everywhere(run, rollouts.samples)
+        for sample, result in zip(rollouts.samples, scored, strict=False):
+            if result.value is None:
+                failures.append(f"{sample.prompt.origin}: {result.failure}")
+            else:
+                local.append((sample.group_id, result.value, sample.text or ""))
+    gathered = run.world.gather((local, failures))
+    problems = [text for _, part in gathered for text in part]
+    if problems:
+        raise RewardError(f"evaluation: {len(problems)} samples failed their reward; the first: {problems[0]}")
+    by_prompt: dict[int, list[tuple[float, str]]] = {}
+    for group, value, text in sorted(row for part, _ in gathered for row in part):
+        by_prompt.setdefault(group, []).append((value, text))
+    order = sorted(by_prompt)
+    return Evaluation(
+        questions=tuple(prompts[i].question() for i in order),
+        scores=tuple(sum(v for v, _ in by_prompt[i]) / len(by_prompt[i]) for i in order),
+        texts=tuple(by_prompt[i][0][1] for i in order),
+    )
+
+
+def paired_test(before: Sequence[float], after: Sequence[float]) -> PairedTest:
+    """Compare scores of the same prompts, two-sided."""
+    better = sum(b > a for a, b in zip(before, after, strict=True))
+    worse = sum(b < a for a, b in zip(before, after, strict=True))
+    changed = better + worse
+    tail = sum(math.comb(changed, k) for k in range(min(better, worse) + 1)) / 2**changed
+    return PairedTest(
+        better=better, worse=worse, ties=len(before) - changed, p_value=min(1.0, 2 * tail) if changed else 1.0
+    )

@@ -1,0 +1,69 @@
+"""A step's metrics from the table of its samples and its updates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from mmrl_core.grpo.collect import SampleRow, StepBatch
+from mmrl_core.grpo.run import Run
+from mmrl_core.metrics.names import check_known
+from mmrl_core.metrics.throughput import throughput_metrics
+
+
+def step_metrics(
+    run: Run, batch: StepBatch, learned: Mapping[str, float], timing: Mapping[str, float]
+) -> dict[str, float]:
+    """Every metric of a step. Raises nothing for a user's doing: an undefined name is our own mistake."""
+    table = batch.table
+    metrics = {**learned, **timing}
+    metrics.update(_spread("grpo/score", [row.score for row in table if row.score is not None]))
+    metrics.update(_spread("prompt_length", [row.prompt_length for row in table]))
+    metrics.update(_spread("response_length", [row.response_length for row in table]))
+    metrics["response_length/truncated_fraction"] = sum(row.truncated for row in table) / len(table)
+    metrics.update(_per_reward(table))
+    if "actor/lr" in learned:
+        metrics["grpo/lr"] = learned["actor/lr"]
+    metrics.pop("loss", None)
+    metrics["rewards/failed_samples"] = float(sum(row.score is None for row in table))
+    metrics["rewards/dropped_groups"] = float(len({r.group_id for r in table if r.drop_group}))
+    metrics["rewards/timeouts"] = batch.facts["timeouts"]
+    metrics["rewards/restarts"] = batch.facts["restarts"]
+    metrics["data/prompts_seen"] = float(run.progress.cursor)
+    metrics["data/epoch"] = run.progress.cursor / len(run.source)
+    metrics["data/skipped_long_prompts"] = float(batch.skipped_prompts)
+    if run.recipe.algorithm.dynamic_sampling is not None:
+        metrics["dynamic_sampling/rounds"] = float(batch.rounds)
+        metrics["dynamic_sampling/dropped_groups"] = float(batch.dropped_equal)
+    metrics["policy_version"] = float(run.progress.updates)
+    metrics["perf/tokens"] = float(sum(row.prompt_length + row.response_length for row in table))
+    metrics.update(
+        throughput_metrics(
+            mean_prompt=metrics["prompt_length/mean"],
+            mean_response=metrics["response_length/mean"],
+            prompts=len(table),
+            samples=1,
+            devices=run.world.size,
+            timing=timing,
+        )
+    )
+    peak = run.device.memory().peak
+    if peak is not None:
+        metrics["perf/memory_peak_gb"] = peak / 1e9
+    check_known(metrics)
+    return metrics
+
+
+def _per_reward(table: Sequence[SampleRow]) -> dict[str, float]:
+    values: dict[str, list[float]] = {}
+    for row in table:
+        for name, value in row.rewards.items():
+            values.setdefault(f"reward/{name}/mean", []).append(value)
+        for name, value in row.sub_scores.items():
+            values.setdefault(f"reward/{name}", []).append(value)
+    return {name: sum(column) / len(column) for name, column in values.items()}
+
+
+def _spread(name: str, values: Sequence[float]) -> dict[str, float]:
+    if not values:
+        return {}
+    return {f"{name}/mean": sum(values) / len(values), f"{name}/max": max(values), f"{name}/min": min(values)}

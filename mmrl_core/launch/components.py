@@ -1,0 +1,55 @@
+"""From a resolved recipe to the components of this rank, set up: shared by training and evaluation."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from mmrl_core.contracts import DeviceOps, Policy, PromptSource, RunContext
+from mmrl_core.plugins import Selected, Selection
+from mmrl_core.recipe import ModelSpec, Recipe
+from mmrl_core.rewards.executor import RewardExecutor
+from mmrl_core.world import World
+
+
+def create_device(selection: Selection) -> DeviceOps:
+    """The recipe's device, not yet activated."""
+    device: DeviceOps = selection.device.found.load()()
+    return device
+
+
+def create_policy(selection: Selection, model: ModelSpec) -> Policy:
+    """The policy for `model`, with its tokenizer loaded."""
+    policy: Policy = selection.policy.create(model, selection.sampling)
+    policy.prepare()
+    return policy
+
+
+def create_source(selected: Selected, seed: int) -> PromptSource:
+    """A prompt source, opened and checked."""
+    source: PromptSource = selected.create(seed)
+    source.prepare()
+    return source
+
+
+def create_rewards(recipe: Recipe, selection: Selection, device: DeviceOps, local_rank: int) -> RewardExecutor:
+    """The executor, not yet started. Must be started before any communication is set up."""
+    own = device.name if device.name == "cpu" else f"{device.name}:{local_rank}"
+    return RewardExecutor(recipe.rewards, selection.rewards, own)
+
+
+def context(recipe: Recipe, world: World, device: DeviceOps) -> RunContext:
+    """What components are given at set-up."""
+    return RunContext(
+        world=world,
+        device=device,
+        seed=recipe.seed,
+        deterministic=recipe.deterministic,
+        run_dir=recipe.directory,
+    )
+
+
+def digest(value: Any) -> str:
+    """Of plain JSON values."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -1,0 +1,189 @@
+"""The program that every rank runs: build the components, train, and say how it ended."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmrl_core.checkpoint.store import CheckpointStore
+from mmrl_core.contracts import TrainingSpec
+from mmrl_core.errors import BackendError, MmrlError
+from mmrl_core.grpo.evaluation import evaluate
+from mmrl_core.grpo.run import Run
+from mmrl_core.grpo.trainer import hand_over_weights, train
+from mmrl_core.launch import components
+from mmrl_core.launch.distributed import connect, disconnect
+from mmrl_core.launch.logs import configure_logging
+from mmrl_core.launch.observers import NoObservers, RunObservers
+from mmrl_core.launch.preflight import installed_versions, preflight
+from mmrl_core.launch.resume import resume, shaping_fields
+from mmrl_core.launch.signals import StopRequest
+from mmrl_core.metrics.picture import draw_progress
+from mmrl_core.metrics.timers import PhaseTimers
+from mmrl_core.plugins import Selection, load_plugins, resolve
+from mmrl_core.recipe import Recipe, load_recipe
+from mmrl_core.rewards.executor import RewardExecutor
+from mmrl_core.world import World
+
+log = logging.getLogger("mmrl.train")
+
+
+def main(recipe_path: Path) -> int:
+    """Train as the complete recipe at `recipe_path` says. Returns the exit status; raises MmrlError."""
+    recipe, source = load_recipe(recipe_path)
+    selection = resolve(recipe, source)
+    rank = int(os.environ.get("RANK", "0"))
+    configure_logging(recipe.directory, rank)
+    device = components.create_device(selection)
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    with StopRequest() as stop, components.create_rewards(recipe, selection, device, local_rank) as rewards:
+        world = connect(device)
+        try:
+            if recipe.deterministic:
+                device.set_deterministic(True)
+            run = build(recipe, selection, world, device, rewards)
+            run.stop_requested = lambda: stop.requested(world)
+            return _run(run)
+        except MmrlError as error:
+            log.error("%s", error)
+            raise
+        finally:
+            disconnect()
+
+
+def build(recipe: Recipe, selection: Selection, world: World, device: Any, rewards: RewardExecutor) -> Run:
+    """Check that ranks agree, then create and set up every component. Collective."""
+    source = components.create_source(selection.data, recipe.seed)
+    eval_source = components.create_source(selection.eval_data, recipe.seed) if selection.eval_data else None
+    preflight(
+        world,
+        recipe_digest=components.digest(recipe.model_dump(mode="json")),
+        plugins_digest=selection.digest(),
+        data_digest=source.digest(),
+        versions=installed_versions(),
+        rewards=recipe.rewards,
+    )
+    policy = components.create_policy(selection, recipe.model)
+    context = components.context(recipe, world, device)
+    device.seed(recipe.seed)
+    algorithm = recipe.algorithm
+    backend = selection.backend.create()
+    backend.setup(
+        context,
+        policy,
+        TrainingSpec(
+            optimizer=recipe.optimizer,
+            total_updates=algorithm.steps * algorithm.updates_per_rollout,
+            reference=algorithm.kl.coef > 0,
+        ),
+    )
+    engine = selection.rollout.create()
+    engine.setup(context, policy, backend)
+    rewards.setup()
+    if not engine.replica.is_root:
+        rewards.close()
+    facts = {"recipe": shaping_fields(recipe), "data_digest": source.digest()}
+    return Run(
+        recipe=recipe,
+        world=world,
+        device=device,
+        policy=policy,
+        backend=backend,
+        engine=engine,
+        rewards=rewards,
+        source=source,
+        sampling=selection.sampling,
+        eval_source=eval_source,
+        eval_sampling=selection.eval_sampling,
+        observers=RunObservers(load_plugins(), selection.writers) if world.is_main else NoObservers(),
+        timers=PhaseTimers(device.synchronize),
+        store=CheckpointStore(recipe.directory, world, recipe.checkpoint.keep),
+        stop_requested=lambda: False,
+        save_extra=lambda: facts,
+    )
+
+
+def _run(run: Run) -> int:
+    line = resume(run)
+    log.info("%s", line)
+    total = run.recipe.algorithm.steps
+    if run.world.is_main:
+        print(f"mmrl: {line}", flush=True)
+    if run.progress.step >= total:
+        if run.world.is_main:
+            print(
+                f"mmrl: all {total} steps of {run.directory} are done already; nothing to do. Raise algorithm.steps "
+                "to go on, or choose another run_dir",
+                flush=True,
+            )
+        return 0
+    started = time.monotonic()
+    hand_over_weights(run)
+    run.observers.run_start(run.recipe, run.directory, run.progress.step + 1)
+    summary: dict[str, Any] = {"outcome": "failed", "run_dir": str(run.directory)}
+    try:
+        outcome = train(run)
+        summary = _finish(run, outcome)
+        return 0
+    except torch.OutOfMemoryError as error:
+        raise BackendError(
+            f"out of device memory in step {run.progress.step + 1}: {error}\nLower backend.micro_batch_groups, turn "
+            "on backend.activation_checkpointing, or shorten sampling.max_new_tokens"
+        ) from error
+    finally:
+        summary["seconds"] = time.monotonic() - started
+        run.observers.run_end(summary)
+        run.engine.close()
+
+
+def _finish(run: Run, outcome: str) -> dict[str, Any]:
+    """The summary of a run that ended well; the export and the picture."""
+    rewards = run.progress.rewards
+    summary: dict[str, Any] = {
+        "outcome": outcome,
+        "run_dir": str(run.directory),
+        "steps": run.progress.step,
+        "first_reward": _mean(rewards[:5]),
+        "last_reward": _mean(rewards[-5:]),
+        "checkpoint": str(run.store.folder / f"step_{run.progress.step:08d}"),
+        "eval": None,
+    }
+    if outcome == "finished":
+        if run.recipe.eval is not None and run.recipe.eval.every:
+            result = evaluate(run)
+            summary["eval"] = {"score": result.mean, "prompts": len(result.scores)}
+        if run.recipe.checkpoint.export:
+            target = run.directory / "export"
+            export(run, target)
+            summary["export"] = str(target)
+    if run.world.is_main:
+        metrics = run.directory / "metrics.jsonl"
+        if metrics.is_file():
+            picture = run.directory / "progress.png"
+            draw_progress(metrics, picture)
+            summary["picture"] = str(picture)
+        text = json.dumps({**summary, "step_seconds": run.progress.seconds}, indent=2)
+        (run.directory / "summary.json").write_text(text + "\n", encoding="utf-8")
+    return summary
+
+
+def export(run: Run, target: Path) -> None:
+    """Write an ordinary Hugging Face folder of the current weights. Collective."""
+    weights = run.backend.export_weights()
+    if run.world.is_main:
+        run.policy.save_weights(target, weights)
+    else:
+        for _ in weights:  # every rank takes part in gathering
+            pass
+    run.world.barrier()
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+

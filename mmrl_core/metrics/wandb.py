@@ -1,0 +1,74 @@
+"""Weights & Biases."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmrl_core.errors import ObserverError
+from mmrl_core.hookspecs import hookimpl
+from mmrl_core.metrics.options import WandbOptions
+
+if TYPE_CHECKING:
+    from mmrl_core.contracts import Sample
+    from mmrl_core.recipe import Recipe
+
+
+class WandbWriter:
+    """Logs every metric against the step. A resumed run goes on in the same wandb run."""
+
+    def __init__(self, options: WandbOptions) -> None:
+        self._options = options
+        self._run: Any = None
+
+    @hookimpl
+    def mmrl_run_start(self, recipe: Recipe, run_dir: str, first_step: int) -> None:
+        """Start or resume the wandb run. Raises ObserverError when wandb is missing or refuses."""
+        try:
+            wandb = importlib.import_module("wandb")
+        except ImportError as error:
+            raise ObserverError(
+                f"writer 'wandb': the package wandb cannot be imported ({error}). "
+                "Cure: pip install 'mmrl-core[wandb]', or remove wandb from the recipe's writers"
+            ) from error
+        options = self._options
+        known = Path(run_dir) / "wandb_run_id"
+        resumed = known.read_text().strip() if first_step > 1 and known.exists() else None
+        try:
+            self._run = wandb.init(
+                project=options.project,
+                entity=options.entity,
+                group=options.group,
+                name=recipe.name,
+                tags=list(options.tags),
+                config={**recipe.model_dump(mode="json"), **options.config},
+                dir=run_dir,
+                mode=options.mode,
+                id=resumed,
+                resume="allow" if resumed else None,
+            )
+        except Exception as error:  # wandb has no common base of what init raises
+            raise ObserverError(
+                f"writer 'wandb': wandb.init failed: {type(error).__name__}: {error}. Cure: run `wandb login`, or set "
+                "`mode: offline` (or WANDB_MODE=offline) and upload later with `wandb sync`"
+            ) from error
+        known.write_text(f"{self._run.id}\n")
+        # Steps of ours are an ordinary x axis: wandb's own step only grows, and would drop steps done again.
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+
+    @hookimpl
+    def mmrl_step_end(self, step: int, metrics: Mapping[str, float], samples: Sequence[Sample]) -> None:
+        """Log the step."""
+        assert self._run is not None, "mmrl_step_end before mmrl_run_start"
+        self._run.log({"step": step, **metrics})
+
+    @hookimpl
+    def mmrl_run_end(self, summary: Mapping[str, Any]) -> None:
+        """Store the summary and finish; a run that failed is marked so."""
+        if self._run is not None:
+            self._run.summary.update(dict(summary))
+            self._run.finish(exit_code=1 if summary.get("outcome") == "failed" else 0)
+            self._run = None

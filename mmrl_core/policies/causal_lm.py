@@ -1,0 +1,252 @@
+"""Text policies: any transformers `AutoModelForCausalLM`. An action is a token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from mmrl_core.contracts import ActionStats, Bucket, GenerationRequest, Prompt, Record, Rollouts, Sample, TokenPolicy
+from mmrl_core.errors import DataError, ModelError
+from mmrl_core.text import model_folder
+from mmrl_core.text.prefix_cache import PromptRecorder
+from mmrl_core.text.token_batches import left_pad, unique_prompts
+from mmrl_core.text.token_stats import token_stats
+
+if TYPE_CHECKING:
+    from mmrl_core.policies.options import CausalLmOptions, TokenSampling
+    from mmrl_core.recipe import ModelSpec
+
+SHARING_WORTH = 0.1
+"""Fraction of a micro-batch's tokens that sharing prompts must save before it is used: two passes have a cost."""
+
+
+class TextNetwork(nn.Module):
+    """A transformers model behind one door: every use is `network(function, ...)`, one forward of the root."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Run `function(transformers_model, *arguments)`."""
+        return function(self.model, *arguments)
+
+
+class CausalLmPolicy(TokenPolicy):
+    """Text models. Payload by row: `prompt_ids` [L] and `response_ids` [R], int64."""
+
+    options: CausalLmOptions
+    sampling: TokenSampling
+
+    def __init__(self, options: CausalLmOptions, model: ModelSpec, sampling: TokenSampling) -> None:
+        super().__init__(options, model, sampling)
+        self.tokenizer: Any = None
+
+    # ------------------------------------------------------------------------------------------------ prompts and text
+
+    def prepare(self) -> None:
+        self.tokenizer = model_folder.load_tokenizer(self.model)
+        self.eos_ids = model_folder.eos_token_ids(self.model, self.tokenizer)
+        pad = self.tokenizer.pad_token_id
+        self.pad_id = int(pad) if pad is not None else min(self.eos_ids)
+
+    def accepts(self, prompt: Prompt) -> bool:
+        limit = self.options.max_prompt_tokens
+        if limit is None:
+            return True
+        length = len(self.encode(prompt)["prompt_ids"])
+        if length <= limit:
+            return True
+        if self.options.long_prompts == "skip":
+            return False
+        raise DataError(
+            f"{prompt.origin}: the prompt has {length} tokens, more than model.policy.max_prompt_tokens = {limit}. "
+            "Raise the limit, shorten the prompt, or set model.policy.long_prompts: skip"
+        )
+
+    def encode(self, prompt: Prompt) -> dict[str, Tensor]:
+        if prompt.messages is not None:
+            if self.tokenizer.chat_template is None:
+                raise DataError(
+                    f"{prompt.origin}: the prompt is a chat, but the tokenizer of {self.model.path} has no chat "
+                    "template. Choose one with data.template, or template: raw"
+                )
+            text = self.tokenizer.apply_chat_template(
+                [dict(m) for m in prompt.messages],
+                tokenize=False,
+                add_generation_prompt=True,
+                **self.options.chat_template_kwargs,
+            )
+            ids = self.tokenizer(text, add_special_tokens=False).input_ids
+        else:
+            ids = self.tokenizer(prompt.text).input_ids
+        if not ids:
+            raise DataError(f"{prompt.origin}: the prompt has no tokens (text {prompt.text!r})")
+        return {"prompt_ids": torch.tensor(ids, dtype=torch.int64)}
+
+    def decode(self, rollouts: Rollouts, requests: Sequence[GenerationRequest]) -> list[Sample]:
+        prompts = {r.group_id: r.prompt for r in requests}
+        texts = self.tokenizer.batch_decode(
+            [ids.tolist() for ids in rollouts.payload["response_ids"]], skip_special_tokens=True
+        )
+        lengths = rollouts.mask.sum(-1).tolist()
+        return [
+            Sample(
+                sample_id=int(sample_id),
+                group_id=int(group_id),
+                prompt=prompts[int(group_id)],
+                text=text,
+                length=int(length),
+                truncated=bool(truncated),
+            )
+            for sample_id, group_id, text, length, truncated in zip(
+                rollouts.sample_id, rollouts.group_id, texts, lengths, rollouts.truncated, strict=True
+            )
+        ]
+
+    def lengths(self, rollouts: Rollouts) -> tuple[list[int], list[int]]:
+        prompts = [len(ids) for ids in rollouts.payload["prompt_ids"]]
+        return prompts, [len(ids) for ids in rollouts.payload["response_ids"]]
+
+    # ----------------------------------------------------------------------------------------------------- the network
+
+    def load(self, dtype: torch.dtype, *, adapters: bool = True) -> nn.Module:
+        model = model_folder.load_causal_lm(self.model, dtype, self.options.attention)
+        if adapters and self.model.lora is not None:
+            model = model_folder.add_adapters(model, self.model.lora)
+        model_folder.check_head(model, self.model.path)
+        return TextNetwork(model).eval()
+
+    @contextmanager
+    def reference_network(self, module: nn.Module) -> Iterator[None]:
+        model_folder.set_adapters(module, enabled=False)
+        try:
+            yield
+        finally:
+            model_folder.set_adapters(module, enabled=True)
+
+    def shard_units(self, module: nn.Module) -> Sequence[nn.Module]:
+        assert isinstance(module, TextNetwork)
+        return list(_decoder(module.model).layers)
+
+    def weight_name(self, parameter: str) -> str:
+        return parameter.removeprefix("model.").replace(".base_layer.", ".")
+
+    def save_weights(self, directory: Path, weights: Iterable[Bucket]) -> None:
+        model_folder.save_folder(directory, weights, self.model, self.tokenizer)
+
+    @property
+    def max_actions(self) -> int:
+        return self.sampling.max_new_tokens
+
+    # ---------------------------------------------------------------------------------------------------------- replay
+
+    def reference_record(self, module: nn.Module, batch: Rollouts) -> Record:
+        stats = self.replay(module, batch)
+        return {"log_probs": list(stats.log_probs.detach().cpu())}
+
+    def replay(
+        self,
+        module: nn.Module,
+        batch: Rollouts,
+        *,
+        actions: slice = slice(None),
+        entropy_gradient: bool = False,
+        reference: Record | None = None,
+    ) -> ActionStats:
+        assert actions in (slice(None), slice(0, batch.mask.shape[1])), "tokens of a row are replayed together"
+        log_probs, entropy = module(self._token_stats, batch)
+        width = batch.mask.shape[1]
+        pad = (0, width - log_probs.shape[1])
+        entropy = entropy if entropy_gradient else entropy.detach()
+        return ActionStats(
+            log_probs=nn.functional.pad(log_probs, pad), entropy=nn.functional.pad(entropy, pad)
+        )
+
+    def _token_stats(self, model: Any, batch: Rollouts) -> tuple[Tensor, Tensor]:
+        """(log-probs, entropy), both [b, r] with r the longest response of these rows."""
+        device = next(model.parameters()).device
+        prompts, prompt_of_row = unique_prompts(batch)
+        responses = pad_sequence(batch.payload["response_ids"], batch_first=True, padding_value=self.pad_id)
+        responses = responses[:, : max(1, int(batch.mask.sum(-1).max()))].to(device)
+        if self._sharing_pays(prompts, responses, len(batch)):
+            hidden = self._shared_hidden(model, prompts, prompt_of_row, responses)
+        else:
+            hidden = self._repeated_hidden(model, batch.payload["prompt_ids"], responses)
+        taken = batch.mask[:, : responses.shape[1]].to(device)
+        log_probs, entropy = token_stats(
+            model_folder.head(model),
+            hidden[taken],
+            responses[taken],
+            temperature=self.sampling.temperature or 1.0,
+            logits_bytes=self.options.logits_memory_mb << 20,
+        )
+        zeros = torch.zeros(taken.shape, dtype=torch.float32, device=device)
+        return zeros.masked_scatter(taken, log_probs), zeros.masked_scatter(taken, entropy)
+
+    def _sharing_pays(self, prompts: list[Tensor], responses: Tensor, rows: int) -> bool:
+        if self.options.prefix_sharing == "off" or responses.shape[1] < 2:
+            return False
+        if self.options.prefix_sharing == "on":
+            return True
+        longest = max(len(p) for p in prompts)
+        return (rows - len(prompts)) * longest >= SHARING_WORTH * rows * (longest + responses.shape[1])
+
+    def _shared_hidden(
+        self, model: Any, prompts: list[Tensor], prompt_of_row: Tensor, responses: Tensor
+    ) -> Tensor:
+        """[b, r, H]: the state that predicts each response token; each prompt computed once."""
+        device = responses.device
+        ids, mask = left_pad(prompts, self.pad_id)
+        ids, mask = ids.to(device), mask.to(device)
+        positions = (mask.cumsum(-1) - 1).clamp_min(0)
+        recorder = PromptRecorder(len(_decoder(model).layers))
+        hidden = _decoder(model)(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=recorder,
+            use_cache=True,
+        ).last_hidden_state
+        row = prompt_of_row.to(device)
+        steps = torch.arange(responses.shape[1] - 1, device=device)
+        following = _decoder(model)(
+            input_ids=responses[:, :-1],
+            attention_mask=nn.functional.pad(mask[row], (0, responses.shape[1] - 1), value=1),
+            position_ids=positions[row, -1:] + 1 + steps,
+            past_key_values=recorder.for_rows(prompt_of_row),
+            use_cache=True,
+        ).last_hidden_state
+        return torch.cat([hidden[:, -1:][row], following], dim=1)
+
+    def _repeated_hidden(self, model: Any, prompts: list[Tensor], responses: Tensor) -> Tensor:
+        """[b, r, H], each row computing its own prompt."""
+        device = responses.device
+        ids, mask = left_pad(prompts, self.pad_id)
+        ids = torch.cat([ids.to(device), responses[:, :-1]], dim=1)
+        mask = nn.functional.pad(mask.to(device), (0, responses.shape[1] - 1), value=1)
+        hidden = _decoder(model)(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(-1) - 1).clamp_min(0),
+            use_cache=False,
+        ).last_hidden_state
+        result: Tensor = hidden[:, -responses.shape[1] :]
+        return result
+
+
+def _decoder(model: Any) -> Any:
+    """The stack of layers below the head."""
+    decoder = model.get_decoder()
+    if not hasattr(decoder, "layers"):
+        raise ModelError(
+            f"{type(model).__name__}: its decoder {type(decoder).__name__} has no `layers`; the policy causal_lm "
+            "supports decoder-only models of transformers whose decoder lists its blocks there"
+        )
+    return decoder

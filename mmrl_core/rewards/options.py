@@ -1,0 +1,105 @@
+"""Options of the built-in rewards. Imports no torch and no checker, so recipes are checked anywhere."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from mmrl_core.recipe import NonNegative, Positive, Spec
+
+THINK_ANSWER = r"\s*<think>(?:(?!</?(?:think|answer)>).)*</think>\s*<answer>(?:(?!</?(?:think|answer)>).)*</answer>\s*"
+"""`<think>...</think><answer>...</answer>`, each tag exactly once, nothing but white space around them."""
+
+
+def _compilable(pattern: str | None) -> str | None:
+    if pattern is not None:
+        try:
+            re.compile(pattern, re.DOTALL)
+        except re.error as error:
+            raise ValueError(f"not a valid regular expression: {error}") from None
+    return pattern
+
+
+class MathOptions(Spec):
+    r"""Options of `math`: the answer in `\boxed{}`, compared as mathematics by math-verify."""
+
+    require_boxed: bool = True
+    r"""The answer must stand in `\boxed{}` (the last one counts). False: without a box, the last expression that
+    math-verify finds in the text counts."""
+    timeout_s: Positive = 5
+    """Seconds that reading an expression, or one comparison, may take. After it the sample has failed."""
+
+
+class NumericOptions(Spec):
+    """Options of `numeric`: the last number in the text is compared with the reference."""
+
+    correct_weight: float = 1.0
+    """Credit when the last number in the text equals the reference."""
+    format_weight: float = 0.0
+    """Credit on top when the text is that right number and nothing else (white space and a final full stop aside)."""
+    tolerance: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """Largest absolute difference that counts as equal; 0: exactly equal as decimals."""
+
+
+class ExactOptions(Spec):
+    """Options of `exact`: the text equals the reference, or one of them when the reference is a list."""
+
+    strip: bool = True
+    """Ignore white space at both ends."""
+    casefold: bool = False
+    """Ignore case."""
+    extract: str | None = None
+    """A regular expression whose last match in the text is compared instead of the whole text: its first group, or
+    all of it when it has none. No match scores 0. `.` matches line ends too."""
+
+    _check_extract = field_validator("extract")(_compilable)
+
+
+class FormatOptions(Spec):
+    """Options of `format`: 1 when the text matches a regular expression, else 0."""
+
+    pattern: str = THINK_ANSWER
+    """The regular expression (`.` matches line ends too); by default `<think>...</think><answer>...</answer>`."""
+    match: Literal["full", "search"] = "full"
+    """The pattern must match the whole text, or be found anywhere in it."""
+
+    _check_pattern = field_validator("pattern")(_compilable)
+
+
+class LengthOptions(Spec):
+    """Options of `length`."""
+
+    shape: Literal["band", "soft_overlong"] = "band"
+    """`band`: 1 inside [minimum, maximum], falling linearly to 0 over `ramp` units outside.
+    `soft_overlong`: DAPO's punishment, 0 up to maximum - ramp, falling linearly to -1 at maximum, -1 beyond."""
+    minimum: NonNegative = 0
+    """Shortest length inside the band; `band` only."""
+    maximum: Positive
+    """Longest length inside the band, or DAPO's L_max."""
+    ramp: NonNegative = 0
+    """Units over which the reward changes: outside the band, or DAPO's L_cache below maximum. 0: a step."""
+    unit: Literal["actions", "characters", "words"] = "actions"
+    """What is counted: actions taken (tokens, for text), characters, or words between white space."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> LengthOptions:
+        if self.minimum > self.maximum:
+            raise ValueError(f"minimum ({self.minimum}) exceeds maximum ({self.maximum})")
+        if self.shape == "soft_overlong":
+            if self.minimum:
+                raise ValueError("shape: soft_overlong punishes long samples only; remove minimum or use shape: band")
+            if self.ramp > self.maximum:
+                raise ValueError(f"ramp ({self.ramp}) exceeds maximum ({self.maximum})")
+        return self
+
+
+class ReasoningGymRewardOptions(Spec):
+    """Options of `reasoning_gym`: the verifier that belongs to the task which made the prompt."""
+
+    dataset: str | None = None
+    """Name of the reasoning-gym task whose verifier scores every sample; by default what each prompt's
+    column `dataset` says, or else `source_dataset` in its column `metadata`."""
+    answer_tag: Annotated[str, Field(pattern=r"^[A-Za-z][\w-]*$")] | None = "answer"
+    """The answer is what the last `<answer>...</answer>` holds (0 when there is none); null: the whole text."""

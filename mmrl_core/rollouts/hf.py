@@ -1,0 +1,150 @@
+"""Generation with a transformers model: prompts computed once a group, a KV cache allocated once, seeds per sample."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from mmrl_core.contracts import (
+    Bucket,
+    GenerationRequest,
+    LogProbSemantics,
+    Policy,
+    Replica,
+    RolloutEngine,
+    Rollouts,
+    RunContext,
+    TokenPolicy,
+    TrainingBackend,
+)
+from mmrl_core.errors import RolloutError
+from mmrl_core.rollouts.decoding import decode_tokens
+
+if TYPE_CHECKING:
+    from mmrl_core.rollouts.options import HfOptions
+
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.5, "float16": 0.1}
+"""Largest log-prob difference between decoding and replay, by dtype. fp32: rounding of other shapes; the others:
+what caching keys and values in low precision costs."""
+
+
+class HfEngine(RolloutEngine):
+    """Text generation on every rank; each rank is an engine replica."""
+
+    options: HfOptions
+    deterministic = True
+
+    def __init__(self, options: HfOptions) -> None:
+        super().__init__(options)
+        self.weights: Literal["own", "shared"] = options.weights
+        self._own: nn.Module | None = None
+        self._version = 0
+
+    def setup(self, context: RunContext, policy: Policy, backend: TrainingBackend | None) -> None:
+        if not isinstance(policy, TokenPolicy):
+            raise RolloutError(f"rollout: hf samples tokens; the policy {type(policy).__name__} has other actions")
+        self.context, self.policy, self.backend = context, policy, backend
+        if backend is None:
+            self.weights = "own"  # there is no training network to share
+        if self.weights == "own":
+            dtype = getattr(torch, self.options.dtype or policy.model.dtype)
+            module = policy.load(dtype, adapters=False).requires_grad_(False)
+            self._own = module.to(context.device.torch_device)
+
+    @property
+    def replica(self) -> Replica:
+        world = self.context.world
+        return Replica(index=world.rank, count=world.size, is_root=True)
+
+    @property
+    def semantics(self) -> LogProbSemantics:
+        dtype = self.options.dtype if self.weights == "own" and self.options.dtype else self.policy.model.dtype
+        return LogProbSemantics(
+            temperature_applied=True, truncation_renormalised=False, dtype="float32", tolerance=TOLERANCE[dtype]
+        )
+
+    @torch.no_grad()
+    def generate(self, requests: Sequence[GenerationRequest], sampling: Any) -> Rollouts:
+        if self._own is not None:
+            return self._generate(self._own, requests, sampling)
+        assert self.backend is not None
+        with self.backend.inference_module() as module:
+            return self._generate(module, requests, sampling)
+
+    def _generate(self, module: nn.Module, requests: Sequence[GenerationRequest], sampling: Any) -> Rollouts:
+        prompts = [self.policy.encode(r.prompt)["prompt_ids"] for r in requests]
+        responses: list[Tensor] = []
+        log_probs: list[Tensor] = []
+        for part in _turns(requests, self.options.max_rows):
+            tokens, chosen = module(
+                decode_tokens,
+                prompts[part],
+                [len(r.seeds) for r in requests[part]],
+                [seed for r in requests[part] for seed in r.seeds],
+                sampling,
+                self.policy.eos_ids,
+                self.policy.pad_id,
+            )
+            responses += tokens
+            log_probs += chosen
+        return self._rollouts(requests, prompts, responses, log_probs)
+
+    def _rollouts(
+        self,
+        requests: Sequence[GenerationRequest],
+        prompts: list[Tensor],
+        responses: list[Tensor],
+        log_probs: list[Tensor],
+    ) -> Rollouts:
+        width = max((len(r) for r in responses), default=1)
+        behaviour = torch.zeros(len(responses), width)
+        mask = torch.zeros(len(responses), width, dtype=torch.bool)
+        for row, chosen in enumerate(log_probs):
+            behaviour[row, : len(chosen)] = chosen
+            mask[row, : len(chosen)] = True
+        eos = self.policy.eos_ids
+        rollouts = Rollouts(
+            group_id=torch.tensor([r.group_id for r in requests for _ in r.sample_ids], dtype=torch.int64),
+            sample_id=torch.tensor([s for r in requests for s in r.sample_ids], dtype=torch.int64),
+            mask=mask,
+            behaviour_log_probs=behaviour,
+            truncated=torch.tensor([int(r[-1]) not in eos for r in responses], dtype=torch.bool),
+            policy_version=self._version,
+            payload={
+                "prompt_ids": [p for r, p in zip(requests, prompts, strict=True) for _ in r.sample_ids],
+                "response_ids": responses,
+            },
+        )
+        rollouts.samples = self.policy.decode(rollouts, requests)
+        return rollouts
+
+    @torch.no_grad()
+    def update_weights(self, weights: Iterator[Bucket] | None, version: int) -> None:
+        self._version = version
+        if self._own is None:
+            assert weights is None
+            return
+        assert weights is not None
+        targets = {self.policy.weight_name(n): p for n, p in self._own.named_parameters()}
+        for bucket in weights:
+            for name, tensor in bucket:
+                if name not in targets:
+                    raise RolloutError(f"weight {name!r} has no place in the engine's copy of {self.policy.model.path}")
+                targets.pop(name).copy_(tensor)
+        if targets:
+            raise RolloutError(f"the weight stream left out {sorted(targets)[:3]} ({len(targets)} in all)")
+
+
+def _turns(requests: Sequence[GenerationRequest], max_rows: int) -> Iterator[slice]:
+    """Slices of consecutive requests with at most `max_rows` samples each, at least one request."""
+    start, rows = 0, 0
+    for end, request in enumerate(requests):
+        if rows and rows + len(request.seeds) > max_rows:
+            yield slice(start, end)
+            start, rows = end, 0
+        rows += len(request.seeds)
+    if rows:
+        yield slice(start, len(requests))

@@ -1,0 +1,18 @@
+"""Options of the built-in rollout engines. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from mmrl_core.recipe import Positive, Spec
+
+
+class HfOptions(Spec):
+    """Generation with the transformers model itself."""
+
+    weights: Literal["shared", "own"] = "shared"
+    """shared: generate with the training network, which is then not held twice; own: a copy, updated every step."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Precision of own weights; the model's when not set."""
+    max_rows: Positive = 512
+    """Samples generated at once; more are generated in turns, whole groups at a time."""

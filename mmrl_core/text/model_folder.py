@@ -1,0 +1,229 @@
+"""Loading, adapting, checking and saving transformers models as ordinary Hugging Face folders."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from mmrl_core.contracts import Bucket
+from mmrl_core.errors import ModelError
+
+if TYPE_CHECKING:
+    from mmrl_core.recipe import LoraSpec, ModelSpec
+
+log = logging.getLogger("mmrl.model")
+
+SHARD_BYTES = 4 << 30
+
+
+def load_tokenizer(spec: ModelSpec) -> Any:
+    """The folder's tokenizer. Raises ModelError."""
+    from transformers import AutoTokenizer
+
+    return _loading(spec, "tokenizer", lambda: AutoTokenizer.from_pretrained(spec.path, **_remote(spec)))
+
+
+def load_config(spec: ModelSpec) -> Any:
+    """The folder's config. Raises ModelError."""
+    from transformers import AutoConfig
+
+    return _loading(spec, "config", lambda: AutoConfig.from_pretrained(spec.path, **_remote(spec)))
+
+
+def eos_token_ids(spec: ModelSpec, tokenizer: Any) -> frozenset[int]:
+    """Tokens that end a response: the generation config's and the tokenizer's. Raises ModelError when none is known."""
+    from transformers import GenerationConfig
+
+    ids: set[int] = set()
+    try:
+        stated = GenerationConfig.from_pretrained(spec.path, **_remote(spec)).eos_token_id
+    except OSError:  # a folder without generation_config.json is ordinary
+        stated = None
+    ids.update([stated] if isinstance(stated, int) else stated or [])
+    if tokenizer.eos_token_id is not None:
+        ids.add(int(tokenizer.eos_token_id))
+    if not ids:
+        raise ModelError(f"{spec.path}: neither generation_config.json nor the tokenizer names an end-of-text token")
+    return frozenset(ids)
+
+
+def load_causal_lm(spec: ModelSpec, dtype: torch.dtype, attention: str) -> Any:
+    """`AutoModelForCausalLM` on the CPU in `dtype`. Raises ModelError."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    return _loading(
+        spec,
+        "model",
+        lambda: AutoModelForCausalLM.from_pretrained(
+            spec.path, dtype=dtype, attn_implementation=attention, **_remote(spec)
+        ),
+    )
+
+
+def _remote(spec: ModelSpec) -> dict[str, bool]:
+    if spec.trust_remote_code:
+        log.warning("model.trust_remote_code: code from %s will run in this process", spec.path)
+    return {"trust_remote_code": spec.trust_remote_code}
+
+
+def _loading(spec: ModelSpec, what: str, load: Callable[[], Any]) -> Any:
+    try:
+        return load()
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        here = Path(spec.path)
+        hint = (
+            "the folder exists: is it a Hugging Face model folder (config.json, *.safetensors, tokenizer files)?"
+            if here.is_dir()
+            else "no such folder; for a hub id the hub must be reachable (HF_HUB_OFFLINE unset)"
+        )
+        raise ModelError(f"model.path {spec.path!r}: cannot load its {what}: {hint}\n{error}") from error
+
+
+# ------------------------------------------------------------------------------------------------------------- the head
+
+
+def head(model: Any) -> Callable[[Tensor], Tensor]:
+    """Hidden states [n, H] -> logits [n, V], with the model family's scaling."""
+    linear = model.get_output_embeddings()
+    config = model.config.get_text_config(decoder=True)
+    cap = getattr(config, "final_logit_softcapping", None)
+    divide = getattr(config, "logits_scaling", None)
+    multiply = getattr(config, "logit_scale", None)
+    if cap is None and divide in (None, 1.0) and multiply in (None, 1.0):
+        plain: Callable[[Tensor], Tensor] = linear
+        return plain
+
+    def scaled(hidden: Tensor) -> Tensor:
+        logits: Tensor = linear(hidden)
+        if divide is not None:
+            logits = logits / divide
+        if multiply is not None:
+            logits = logits * multiply
+        if cap is not None:
+            logits = torch.tanh(logits / cap) * cap
+        return logits
+
+    return scaled
+
+
+@torch.no_grad()
+def check_head(model: Any, path: str) -> None:
+    """Prove on two tokens that decoder + head is the model's own forward. Raises ModelError when it is not."""
+    model.eval()
+    ids = torch.tensor([[0, 1]])
+    want = model(input_ids=ids, use_cache=False).logits[0].float()
+    got = head(model)(model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0]).float()
+    if want.shape != got.shape or not torch.allclose(want, got, rtol=1e-3, atol=1e-3):
+        raise ModelError(
+            f"{path}: {type(model).__name__} transforms its logits in a way that the policy causal_lm does not know; "
+            "its log-probs would be wrong. Please report the model"
+        )
+
+
+# --------------------------------------------------------------------------------------------------------------- LoRA
+
+
+def add_adapters(model: Any, spec: LoraSpec) -> Any:
+    """Inject peft LoRA layers in place and freeze everything else. Raises ModelError without peft."""
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise ModelError("model.lora needs peft. Cure: pip install 'mmrl-core[lora]'") from error
+    config = LoraConfig(
+        r=spec.rank,
+        lora_alpha=spec.alpha,
+        target_modules=spec.target_modules,
+        lora_dropout=spec.dropout,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        model = inject_adapter_in_model(config, model)
+    except ValueError as error:
+        raise ModelError(f"model.lora.target_modules {spec.target_modules!r}: {error}") from error
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    return model
+
+
+def set_adapters(module: nn.Module, *, enabled: bool) -> None:
+    """Switch every LoRA layer below `module` on or off."""
+    for child in module.modules():
+        if hasattr(child, "lora_A"):
+            child.enable_adapters(enabled)
+
+
+# ------------------------------------------------------------------------------------------------------------- saving
+
+
+def save_folder(directory: Path, weights: Iterable[Bucket], spec: ModelSpec, tokenizer: Any) -> None:
+    """Stream weights into an ordinary folder: safetensors shards, index, config, generation config, tokenizer.
+
+    The folder is written beside its final place and renamed. Raises ModelError when it exists and is not ours.
+    """
+    from safetensors.torch import save_file
+
+    partial = directory.with_name(f".{directory.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    dtype = getattr(torch, spec.dtype)
+    files: list[Path] = []
+    keys: list[list[str]] = []
+    shard: dict[str, Tensor] = {}
+    size = total = 0
+
+    def flush() -> None:
+        file = partial / f"model-{len(files) + 1:05d}.safetensors"
+        save_file(shard, file, metadata={"format": "pt"})
+        files.append(file)
+        keys.append(list(shard))
+
+    for bucket in weights:
+        for name, tensor in bucket:
+            bytes_ = tensor.numel() * dtype.itemsize
+            if shard and size + bytes_ > SHARD_BYTES:
+                flush()
+                shard, size = {}, 0
+            shard[name] = tensor.detach().to("cpu", dtype).contiguous()
+            size += bytes_
+            total += bytes_
+    flush()
+    _name_shards(partial, files, keys, total)
+    config = load_config(spec)
+    config.dtype = dtype
+    config.save_pretrained(partial)
+    _copy_generation_config(spec, partial)
+    tokenizer.save_pretrained(partial)
+    if directory.exists():
+        shutil.rmtree(directory)
+    partial.rename(directory)
+
+
+def _name_shards(folder: Path, files: list[Path], keys: list[list[str]], total: int) -> None:
+    if len(files) == 1:
+        files[0].rename(folder / "model.safetensors")
+        return
+    index: dict[str, str] = {}
+    for number, (file, names) in enumerate(zip(files, keys, strict=True), start=1):
+        final = f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        file.rename(folder / final)
+        index.update(dict.fromkeys(names, final))
+    text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2)
+    (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+
+
+def _copy_generation_config(spec: ModelSpec, folder: Path) -> None:
+    from transformers import GenerationConfig
+
+    try:
+        GenerationConfig.from_pretrained(spec.path, **_remote(spec)).save_pretrained(folder)
+    except OSError:  # the source has none, so neither has the export
+        log.info("%s has no generation_config.json; the export has none either", spec.path)

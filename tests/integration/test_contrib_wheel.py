@@ -1,0 +1,137 @@
+"""Third-party packages as a user meets them: built as wheels, installed beside mmrl-core's wheel, found by name."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+import venv
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = {"mmrl-reward-brevity": "mmrl_reward_brevity", "template": "mmrl_changeme"}
+
+
+def run(*command: str | Path, cwd: Path) -> str:
+    """Its standard output; fails with both streams. No variable of this environment leads back to it."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "MMRL_PLUGINS")}
+    done = subprocess.run(
+        [str(c) for c in command], cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every wheel, built from copies, so that the checkout stays clean and no stale build folder is packed."""
+    place = tmp_path_factory.mktemp("wheels")
+    sources = place / "sources"
+    ignored = shutil.ignore_patterns("__pycache__", "build", "*.egg-info")
+    (sources / "core").mkdir(parents=True)
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, sources / "core" / name)
+    shutil.copytree(ROOT / "mmrl_core", sources / "core" / "mmrl_core", ignore=ignored)
+    for package in PACKAGES:
+        shutil.copytree(ROOT / "contrib" / package, sources / package, ignore=ignored)
+    for source in ("core", *PACKAGES):
+        run(sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", place, sources / source, cwd=place)
+    shutil.rmtree(sources)
+    return place
+
+
+@pytest.fixture(scope="module")
+def clean_python(wheels: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The interpreter of a fresh environment that holds the wheels.
+
+    Third-party libraries come from the surrounding environment through a plain path entry. Its own .pth files, and with
+    them any editable installation of mmrl-core, are not processed there; its metadata of mmrl packages is shadowed.
+    """
+    place = tmp_path_factory.mktemp("clean") / "venv"
+    venv.create(place, with_pip=False, symlinks=True)
+    python = place / "bin" / "python"
+    libraries = sorted({p for p in sys.path if p.endswith("site-packages")})
+    assert libraries
+    target = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=place).strip())
+    run(
+        *(sys.executable, "-m", "pip", "--python", python, "install", "--no-index", "--no-deps", "--quiet"),
+        *sorted(wheels.glob("*.whl")),
+        cwd=place,
+    )
+    (target / "surroundings.pth").write_text("\n".join(libraries) + "\n")
+    return python
+
+
+def test_nothing_comes_from_the_checkout(clean_python: Path) -> None:
+    modules = ["mmrl_core", *PACKAGES.values()]
+    script = f"""
+        import importlib, importlib.metadata, json
+        files = [importlib.import_module(m).__file__ for m in {modules!r}]
+        dists = [importlib.metadata.distribution(d) for d in ("mmrl-core", "mmrl-reward-brevity", "mmrl-changeme")]
+        print(json.dumps([files, [str(d.locate_file("")) for d in dists]]))
+    """
+    files, places = json.loads(run(clean_python, "-c", textwrap.dedent(script), cwd=clean_python.parent))
+    environment = clean_python.parents[1]
+    for path in (*files, *places):
+        assert Path(path).resolve().is_relative_to(environment.resolve()), path
+
+
+def test_the_wheel_holds_what_it_should(wheels: Path) -> None:
+    import zipfile
+
+    (wheel,) = wheels.glob("mmrl_reward_brevity-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        points = archive.read(next(n for n in names if n.endswith("entry_points.txt"))).decode()
+        metadata = archive.read(next(n for n in names if n.endswith("METADATA"))).decode()
+    assert "mmrl_reward_brevity/py.typed" in names
+    assert not [n for n in names if "test" in n]
+    assert "[mmrl]\nreward-brevity = mmrl_reward_brevity.plugin" in points
+    assert "Requires-Dist: mmrl-core<0.2,>=0.1" in metadata
+
+
+def test_rewards_are_found_by_name_and_score_in_workers(clean_python: Path) -> None:
+    script = """
+        import json, sys
+        from mmrl_core.contracts import Prompt, Sample
+        from mmrl_core.plugins import Selected, import_string, load_plugins
+        from mmrl_core.recipe import RewardChoice
+        from mmrl_core.rewards.executor import RewardExecutor
+
+        plugins = load_plugins()
+        errors = {p.distribution: p.error for p in plugins.plugins if p.distribution != "mmrl-core" and p.error}
+        options = {"brevity": {"half_life_words": 2}, "mmrl-changeme:changeme": {"word": "b"}, "distinct": None}
+        chosen = []
+        for name, values in options.items():
+            found = plugins.get("reward", name)
+            model = found.component.options
+            made = None if model is None else import_string(model, name).model_validate(values)
+            chosen.append(Selected(found=found, options=made))
+        listed_without_torch = "torch" not in sys.modules
+        sample = Sample(sample_id=0, group_id=0, prompt=Prompt(index=0, text="q"), text="a b a b")
+        with RewardExecutor([RewardChoice(name=n) for n in options], chosen, "cpu") as rewards:
+            rewards.setup()
+            (scored,) = rewards.score([sample])
+        print(json.dumps([errors, listed_without_torch, scored.failure, dict(scored.per_reward)]))
+    """
+    errors, listed_without_torch, failure, values = json.loads(
+        run(clean_python, "-c", textwrap.dedent(script), cwd=clean_python.parent)
+    )
+    assert (errors, listed_without_torch, failure) == ({}, True, None)
+    assert values == {"brevity": 0.25, "mmrl-changeme:changeme": 1.0, "distinct": 1.0}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_its_own_tests_pass_against_the_wheel(clean_python: Path, package: str, tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "contrib" / package / "tests", tmp_path / "tests")
+    output = run(clean_python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests", cwd=tmp_path)
+    assert " passed" in output
+
+
+# HOOK: a whole training run. With the fixture `clean_python`: write a recipe that names `brevity` (tiny model, one
+# step) into tmp_path, run `clean_python -m mmrl_core.cli.main train recipe.yaml`, assert the metrics of the step.
