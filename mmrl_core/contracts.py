@@ -381,12 +381,21 @@ class Policy(ABC):
         actions: slice = slice(None),
         entropy_gradient: bool = False,
         reference: Record | None = None,
+        plan: int = 0,
     ) -> ActionStats:
         """Log-probs of the recorded actions under the module's weights, the sampling temperature applied, dropout
-        off. Runs under the caller's grad mode. Shapes [b, t] with t the length of `actions`."""
+        off. Runs under the caller's grad mode. Shapes [b, t] with t the length of `actions`.
+
+        With the same `plan`, every call on any rank runs the same forwards of the root and of the shard units, whatever
+        the rows (even none that counts), and connects all of them to the result: sharded ranks move in lockstep."""
+
+    def plan(self, batch: Rollouts) -> int:
+        """How `replay` would best run over these rows, as a number. Backends agree on the largest over all ranks and
+        pass it to every call of one pass. 0, the default: there is one way only."""
+        return 0
 
     @abstractmethod
-    def reference_record(self, module: nn.Module, batch: Rollouts) -> Record:
+    def reference_record(self, module: nn.Module, batch: Rollouts, *, plan: int = 0) -> Record:
         """What later replays need from the frozen reference: `log_probs` for tokens, means for Gaussians."""
 
     def reference_network(self, module: nn.Module) -> AbstractContextManager[None]:

@@ -21,6 +21,7 @@ from mmrl_core.contracts import (
     ActionStats,
     Bucket,
     Loss,
+    LossOutput,
     Minibatch,
     Policy,
     Record,
@@ -95,9 +96,10 @@ class Fsdp2Backend(TrainingBackend):
     def replay(self, rollouts: Rollouts) -> ActionStats:
         log_probs = torch.zeros_like(rollouts.behaviour_log_probs)
         entropy = torch.zeros_like(log_probs)
+        plan = self._plan(rollouts)
         for rows, real in padded_chunks(rollouts, self.options.micro_batch_groups, self.context.world):
             for part in self.policy.action_slices(rollouts.mask.shape[1]):
-                stats = self.policy.replay(self.module, select_rows(rollouts, rows), actions=part)
+                stats = self.policy.replay(self.module, select_rows(rollouts, rows), actions=part, plan=plan)
                 if real:
                     log_probs[rows, part] = stats.log_probs.cpu()
                     if stats.entropy is not None:
@@ -108,11 +110,12 @@ class Fsdp2Backend(TrainingBackend):
     def reference(self, rollouts: Rollouts) -> Record:
         assert self.training.reference, "no reference was asked for at set-up"
         record: Record = {}
+        plan = self._plan(rollouts)
         network = self._reference if self._reference is not None else self.module
         switched = nullcontext() if self._own_reference else self.policy.reference_network(network)
         with switched:
             for rows, real in padded_chunks(rollouts, self.options.micro_batch_groups, self.context.world):
-                part = self.policy.reference_record(network, select_rows(rollouts, rows))
+                part = self.policy.reference_record(network, select_rows(rollouts, rows), plan=plan)
                 if real:
                     for name, values in part.items():
                         record.setdefault(name, []).extend(values)
@@ -142,11 +145,16 @@ class Fsdp2Backend(TrainingBackend):
     def _backward(self, minibatch: Minibatch, loss: Loss) -> dict[str, float]:
         self.optimizer.zero_grad()
         totals = LossSums()
+        plan = self._plan(minibatch.rollouts)
         for part in micro_batches(minibatch, self.options.micro_batch_groups, self.context.world):
-            totals.add(self._micro_step(part, loss))
+            totals.add(self._micro_step(part, loss, plan))
         return totals.reduce(self.context.world)
 
-    def _micro_step(self, part: Minibatch, loss: Loss) -> Any:
+    def _plan(self, rollouts: Rollouts) -> int:
+        """One plan for a pass on every rank: different forwards would mean different collectives."""
+        return self.context.world.maximum(self.policy.plan(rollouts))
+
+    def _micro_step(self, part: Minibatch, loss: Loss, plan: int) -> LossOutput:
         def replay(actions: slice, gradient: bool) -> ActionStats:
             return self.policy.replay(
                 self.module,
@@ -154,6 +162,7 @@ class Fsdp2Backend(TrainingBackend):
                 actions=actions,
                 entropy_gradient=gradient and loss.entropy_gradient,
                 reference=part.reference,
+                plan=plan,
             )
 
         return accumulate(replay, part, loss, self.policy.action_slices(part.weight.shape[1]), self.device)

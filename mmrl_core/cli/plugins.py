@@ -96,4 +96,4 @@ def _without_components(plugin: Plugin) -> Row:
 def _remark(row: Row) -> str:
     if row.status == "available":
         return f"{row.summary} ({row.reason})" if row.reason else row.summary
-    return f"{row.reason}. {row.cure[0].upper() + row.cure[1:]}" if row.cure else row.reason
+    return f"{row.reason}. Cure: {row.cure}" if row.cure else row.reason

@@ -6,6 +6,7 @@ import ipaddress
 import logging
 import os
 import socket
+import sys
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch.distributed as dist
 
 from mmrl_core.contracts import DeviceOps
 from mmrl_core.errors import PreflightError
+from mmrl_core.launch.failure import mark_failure
 from mmrl_core.launch.torchrun import check_environment
 from mmrl_core.world import World
 
@@ -76,7 +78,10 @@ def connect(device: DeviceOps) -> World:
 
 
 def disconnect() -> None:
-    """Leave the process group, if this process is in one."""
+    """Leave the process group, if this process is in one. In a `finally` block while an error passes through, the
+    launcher learns first that this rank failed before others could notice its absence."""
+    if sys.exc_info()[0] is not None:
+        mark_failure()
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import traceback
+from pathlib import Path
 
 from mmrl_core.errors import MmrlError
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it (128 + SIGINT)."""
+
+MARK_VARIABLE = "MMRL_FAILURE_MARK"
+"""Set by the local launcher: the file in which a failing rank leaves the moment."""
+
+
+def mark_failure() -> None:
+    """Leave the moment of this rank's first failure for the launcher. The other ranks will fail too, for want of this
+    one, and may be gone before it is: only the moments tell who was first."""
+    path = os.environ.get(MARK_VARIABLE)
+    if path and not Path(path).exists():
+        Path(path).write_text(str(time.time()))
 
 
 def report_error(error: MmrlError, *, debug: bool = False) -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 from mmrl_core.contracts import DeviceOps, Launcher
 from mmrl_core.devices.cores import usable_cores
 from mmrl_core.errors import DeviceError, PreflightError
+from mmrl_core.launch.failure import MARK_VARIABLE
 from mmrl_core.launch.options import LocalOptions
 from mmrl_core.launch.parent import PARENT_VARIABLE
 from mmrl_core.launch.rank import LOG_VARIABLE
@@ -51,7 +52,7 @@ class LocalLauncher(Launcher):
         logs = recipe.directory / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="mmrl-") as folder:
-            environments = [self._environment(rank, count, Path(folder) / "store") for rank in range(count)]
+            environments = [self._environment(rank, count, Path(folder)) for rank in range(count)]
             log_files: dict[int, Path] = {rank: (logs / f"rank{rank}.log").resolve() for rank in range(1, count)}
             for rank, log in log_files.items():
                 environments[rank][LOG_VARIABLE] = str(log)
@@ -67,7 +68,8 @@ class LocalLauncher(Launcher):
         count = device.device_count()
         if count == 0:
             raise DeviceError(
-                f"launcher local with processes: auto: device {device.name} finds none here; set processes, or see mmrl doctor"
+                f"launcher local with processes: auto: device {device.name} finds none here. Set processes to a "
+                "number, or see what mmrl doctor says"
             )
         return count
 
@@ -81,13 +83,14 @@ class LocalLauncher(Launcher):
         status: int = importlib.import_module(self._worker).main(path)
         return status
 
-    def _environment(self, rank: int, count: int, store: Path) -> dict[str, str]:
+    def _environment(self, rank: int, count: int, folder: Path) -> dict[str, str]:
         environment = {
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
             "WORLD_SIZE": str(count),
             "LOCAL_WORLD_SIZE": str(count),
-            "MMRL_STORE": str(store),
+            "MMRL_STORE": str(folder / "store"),
+            MARK_VARIABLE: str(folder / f"failed{rank}"),
             PARENT_VARIABLE: str(os.getpid()),
         }
         if self._options.threads_per_process is not None:

@@ -6,12 +6,15 @@ Before anything heavy is imported the rank ties its life to the launcher's and s
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
+import traceback
 from pathlib import Path
+from typing import NoReturn
 
 from mmrl_core.errors import MmrlError
-from mmrl_core.launch.failure import INTERRUPTED, report_error
+from mmrl_core.launch.failure import INTERRUPTED, mark_failure, report_error
 from mmrl_core.launch.parent import die_with_parent
 
 LOG_VARIABLE = "MMRL_RANK_LOG"
@@ -19,7 +22,7 @@ LOG_VARIABLE = "MMRL_RANK_LOG"
 
 
 def main(arguments: list[str]) -> int:
-    """Run `WORKER_MODULE.main(RECIPE)` and return its exit status."""
+    """Run `WORKER_MODULE.main(RECIPE)` and return its exit status. Does not return when that fails."""
     module, recipe = arguments
     die_with_parent()
     log = os.environ.get(LOG_VARIABLE)
@@ -28,10 +31,27 @@ def main(arguments: list[str]) -> int:
     try:
         status: int = importlib.import_module(module).main(Path(recipe))
     except MmrlError as error:
-        return report_error(error)
+        mark_failure()
+        _end_now(report_error(error))
     except KeyboardInterrupt:
-        return INTERRUPTED
+        mark_failure()
+        _end_now(INTERRUPTED)
+    except Exception:  # noqa: BLE001 - this is where it is shown; the launcher shows it again from the log
+        mark_failure()
+        traceback.print_exc()
+        _end_now(1)
+    if status != 0:
+        mark_failure()
     return status
+
+
+def _end_now(status: int) -> NoReturn:
+    """Without the interpreter's teardown: destroying a process group whose peers are in the middle of a collective
+    may abort or wait for them."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _send_output_to(path: Path) -> None:

@@ -16,6 +16,8 @@ from typing import Any
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, SignalException, start_processes
 from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 
+from mmrl_core.launch.failure import MARK_VARIABLE
+
 _POLL_S = 0.1
 _FAILURE_GRACE_S = 3.0
 """How long the other ranks may take to fail by themselves, with an error worth reading, once one has failed."""
@@ -58,12 +60,13 @@ def run_ranks(
             signal.signal(number, (lambda n, _: received.append(n)) if number in _FORWARDED else before[number])
         assert isinstance(context, SubprocessContext)
         ranks = {rank: handler.proc for rank, handler in context.subprocess_handlers.items()}
-        watch = _Watch(ranks, received)
+        marks = {rank: Path(e[MARK_VARIABLE]) for rank, e in enumerate(environments) if MARK_VARIABLE in e}
+        watch = _Watch(ranks, received, marks)
         try:
             watch.until_all_ended()
         finally:
             watch.kill_rest()
-    if watch.failed_first is not None:
+    if watch.failures:
         print(_explain(watch, logs, offsets, time.time() - started), file=sys.stderr, flush=True)
     return watch.status
 
@@ -83,23 +86,31 @@ class _Inherited(LogsSpecs):
 class _Watch:
     """The ranks' processes and what has become of them."""
 
-    def __init__(self, ranks: Mapping[int, subprocess.Popen[Any]], received: list[int]) -> None:
+    def __init__(
+        self, ranks: Mapping[int, subprocess.Popen[Any]], received: list[int], marks: Mapping[int, Path]
+    ) -> None:
         self.ranks = ranks
-        self.failed_first: int | None = None
-        self.failed_later: dict[int, int] = {}
+        self.failures: dict[int, float] = {}
+        """Ranks that failed, not by our hand, and the moment."""
         self.killed_by_us: set[int] = set()
         self.gave_up: str | None = None
         self._received = received
+        self._marks = marks
         self._handled = 0
         self._interrupts = 0
         self._stop_deadline: float | None = None
         self._kill_at: float | None = None
 
     @property
+    def failed(self) -> list[int]:
+        """The ranks that failed, the cause first."""
+        return sorted(self.failures, key=lambda rank: (self.failures[rank], rank))
+
+    @property
     def status(self) -> int:
         """The launcher's exit status."""
-        if self.failed_first is not None:
-            return _shell_status(self.ranks[self.failed_first].returncode)
+        if self.failures:
+            return _shell_status(self.ranks[self.failed[0]].returncode)
         if self._interrupts > 1:
             return 128 + int(signal.SIGINT)
         return 0 if self.gave_up is None else 128 + int(signal.SIGKILL)
@@ -150,12 +161,17 @@ class _Watch:
                     process.send_signal(number)  # the rank alone: its reward workers must live until it has saved
 
     def _note_failures(self) -> None:
-        failed = {r: p.returncode for r, p in self.ranks.items() if p.returncode not in (None, 0)}
-        if failed and self.failed_first is None:
-            # seen in the same moment: one that a signal killed is rather the cause than one that noticed it
-            self.failed_first = min(failed, key=lambda rank: (failed[rank] > 0, rank))
-            self._kill_at = min(self._kill_at or float("inf"), time.monotonic() + _FAILURE_GRACE_S)
-        self.failed_later = {rank: code for rank, code in failed.items() if rank != self.failed_first}
+        for rank, process in self.ranks.items():
+            if process.returncode not in (None, 0) and rank not in self.failures:
+                self.failures[rank] = self._moment(rank)
+                if self._kill_at is None:
+                    self._kill_at = time.monotonic() + _FAILURE_GRACE_S
+
+    def _moment(self, rank: int) -> float:
+        """When the rank failed: by its own mark, or, killed on the spot, since the last look."""
+        mark = self._marks.get(rank)
+        text = mark.read_text() if mark is not None and mark.exists() else ""
+        return float(text) if text else time.time() - _POLL_S
 
 
 def _signal_group(process: subprocess.Popen[Any], number: signal.Signals) -> None:
@@ -172,15 +188,13 @@ def _shell_status(returncode: int) -> int:
 
 def _explain(watch: _Watch, logs: Mapping[int, Path], offsets: Mapping[int, int], seconds: float) -> str:
     """The message for a failed run."""
-    rank = watch.failed_first
-    assert rank is not None
+    rank, *others = watch.failed
     process = watch.ranks[rank]
     end = _how(process.returncode)
     lines = [f"mmrl: rank {rank} of {len(watch.ranks)} (pid {process.pid}) {end} after {seconds:.0f} s"]
     if process.returncode == -signal.SIGKILL:
         lines.append("  When you did not kill it, the kernel may have for want of memory: see `dmesg`")
-    others = sorted(watch.failed_later.keys() - watch.killed_by_us)
-    lines += [f"  rank {other} also {_how(watch.failed_later[other])}" for other in others]
+    lines += [f"  rank {other} then {_how(watch.ranks[other].returncode)}" for other in others]
     if watch.killed_by_us:
         lines.append(f"  the other ranks were killed: {', '.join(map(str, sorted(watch.killed_by_us)))}")
     if rank not in logs:

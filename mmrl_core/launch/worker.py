@@ -186,4 +186,3 @@ def export(run: Run, target: Path) -> None:
 
 def _mean(values: list[float]) -> float | None:
     return sum(values) / len(values) if values else None
-

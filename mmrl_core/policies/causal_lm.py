@@ -22,8 +22,11 @@ if TYPE_CHECKING:
     from mmrl_core.policies.options import CausalLmOptions, TokenSampling
     from mmrl_core.recipe import ModelSpec
 
+REPEATED, SHARED = 0, 1
+"""Plans: every row computes its own prompt in one pass, or each prompt is computed once and responses follow."""
+
 SHARING_WORTH = 0.1
-"""Fraction of a micro-batch's tokens that sharing prompts must save before it is used: two passes have a cost."""
+"""Fraction of the tokens that sharing prompts must save before it is used: two passes have a cost."""
 
 
 class TextNetwork(nn.Module):
@@ -85,7 +88,10 @@ class CausalLmPolicy(TokenPolicy):
             )
             ids = self.tokenizer(text, add_special_tokens=False).input_ids
         else:
-            ids = self.tokenizer(prompt.text).input_ids
+            assert prompt.text is not None
+            begin = self.tokenizer.bos_token  # a rendered template may have written it already
+            written = begin is not None and prompt.text.startswith(begin)
+            ids = self.tokenizer(prompt.text, add_special_tokens=not written).input_ids
         if not ids:
             raise DataError(f"{prompt.origin}: the prompt has no tokens (text {prompt.text!r})")
         return {"prompt_ids": torch.tensor(ids, dtype=torch.int64)}
@@ -147,8 +153,8 @@ class CausalLmPolicy(TokenPolicy):
 
     # ---------------------------------------------------------------------------------------------------------- replay
 
-    def reference_record(self, module: nn.Module, batch: Rollouts) -> Record:
-        stats = self.replay(module, batch)
+    def reference_record(self, module: nn.Module, batch: Rollouts, *, plan: int = 0) -> Record:
+        stats = self.replay(module, batch, plan=plan)
         return {"log_probs": list(stats.log_probs.detach().cpu())}
 
     def replay(
@@ -159,27 +165,42 @@ class CausalLmPolicy(TokenPolicy):
         actions: slice = slice(None),
         entropy_gradient: bool = False,
         reference: Record | None = None,
+        plan: int = 0,
     ) -> ActionStats:
         assert actions in (slice(None), slice(0, batch.mask.shape[1])), "tokens of a row are replayed together"
-        log_probs, entropy = module(self._token_stats, batch)
-        width = batch.mask.shape[1]
-        pad = (0, width - log_probs.shape[1])
+        log_probs, entropy = module(self._token_stats, batch, plan == SHARED)
+        pad = (0, batch.mask.shape[1] - log_probs.shape[1])  # negative: a shared prompt's response pass has two columns
         entropy = entropy if entropy_gradient else entropy.detach()
         return ActionStats(
             log_probs=nn.functional.pad(log_probs, pad), entropy=nn.functional.pad(entropy, pad)
         )
 
-    def _token_stats(self, model: Any, batch: Rollouts) -> tuple[Tensor, Tensor]:
-        """(log-probs, entropy), both [b, r] with r the longest response of these rows."""
+    def plan(self, batch: Rollouts) -> int:
+        """SHARED when computing each prompt once is asked for, or saves enough tokens."""
+        if self.options.prefix_sharing != "auto":
+            return SHARED if self.options.prefix_sharing == "on" else REPEATED
+        prompts, responses = self.lengths(batch)
+        unique, _ = unique_prompts(batch)
+        saved = sum(prompts) - sum(len(p) for p in unique)
+        return SHARED if saved >= SHARING_WORTH * (sum(prompts) + sum(responses)) and saved else REPEATED
+
+    def _token_stats(self, model: Any, batch: Rollouts, shared: bool) -> tuple[Tensor, Tensor]:
+        """(log-probs, entropy), both [b, width] with width at least the longest response of these rows."""
         device = next(model.parameters()).device
         prompts, prompt_of_row = unique_prompts(batch)
+        # the response pass of a shared prompt feeds all tokens but the last: it must have one even here
+        width = max(int(batch.mask.sum(-1).max()), 2 if shared else 1)
         responses = pad_sequence(batch.payload["response_ids"], batch_first=True, padding_value=self.pad_id)
-        responses = responses[:, : max(1, int(batch.mask.sum(-1).max()))].to(device)
-        if self._sharing_pays(prompts, responses, len(batch)):
+        responses = nn.functional.pad(responses, (0, max(0, width - responses.shape[1])), value=self.pad_id)
+        responses = responses[:, :width].to(device)
+        taken = nn.functional.pad(batch.mask, (0, max(0, width - batch.mask.shape[1])))[:, :width].to(device)
+        if not bool(taken.any()):
+            taken = torch.zeros_like(taken)
+            taken[0, 0] = True  # no action counts, but the network must be in the graph; its weight is 0
+        if shared:
             hidden = self._shared_hidden(model, prompts, prompt_of_row, responses)
         else:
             hidden = self._repeated_hidden(model, batch.payload["prompt_ids"], responses)
-        taken = batch.mask[:, : responses.shape[1]].to(device)
         log_probs, entropy = token_stats(
             model_folder.head(model),
             hidden[taken],
@@ -189,14 +210,6 @@ class CausalLmPolicy(TokenPolicy):
         )
         zeros = torch.zeros(taken.shape, dtype=torch.float32, device=device)
         return zeros.masked_scatter(taken, log_probs), zeros.masked_scatter(taken, entropy)
-
-    def _sharing_pays(self, prompts: list[Tensor], responses: Tensor, rows: int) -> bool:
-        if self.options.prefix_sharing == "off" or responses.shape[1] < 2:
-            return False
-        if self.options.prefix_sharing == "on":
-            return True
-        longest = max(len(p) for p in prompts)
-        return (rows - len(prompts)) * longest >= SHARING_WORTH * rows * (longest + responses.shape[1])
 
     def _shared_hidden(
         self, model: Any, prompts: list[Tensor], prompt_of_row: Tensor, responses: Tensor

@@ -9,19 +9,9 @@ from typing import Any
 
 from mmrl_core.contracts import Reward, RewardResult, Sample
 from mmrl_core.errors import RewardError
-from mmrl_core.hookspecs import Probe
 from mmrl_core.rewards.options import ReasoningGymRewardOptions
 
 _CURE = 'pip install "mmrl-core[reasoning-gym]"'
-
-
-def probe() -> Probe:
-    """Whether reasoning-gym is installed; does not import it."""
-    import importlib.util
-
-    if importlib.util.find_spec("reasoning_gym") is None:
-        return Probe(available=False, reason="reasoning-gym is not installed", cure=_CURE)
-    return Probe(available=True)
 
 
 class ReasoningGymReward(Reward):

@@ -63,14 +63,15 @@ def site(tmp_path: Path) -> FakeSite:
     return FakeSite(folder)
 
 
-LAB = '''
+LAB = """
 from mmrl_core import Component, hookimpl
 
 mmrl_api = 1
 
 @hookimpl
 def mmrl_training_backends():
-    return [Component(name="toy", summary="A toy backend", target="lab_parts:Backend", options="lab_options:ToyOptions")]
+    return [Component(name="toy", summary="A toy backend", target="lab_parts:Backend",
+                      options="lab_options:ToyOptions")]
 
 @hookimpl
 def mmrl_rollout_engines():
@@ -93,7 +94,7 @@ def mmrl_prompt_sources():
 @hookimpl
 def mmrl_writers():
     return [Component(name="paper", summary="Nothing", target="lab_parts:Paper")]
-'''
+"""
 
 LAB_OPTIONS = '''
 from typing import Any, ClassVar
@@ -158,7 +159,9 @@ writers: [paper]
 def lab(site: FakeSite) -> FakeSite:
     """A distribution `lab` with one component of each kind but device and launcher, and `trial.yaml` that names them.
     Its `lab_parts` cannot be imported: what only checks recipes must not try."""
-    site.install("lab", LAB, modules={"lab_options": LAB_OPTIONS, "lab_parts": "raise ImportError('lab_parts is heavy')"})
+    site.install(
+        "lab", LAB, modules={"lab_options": LAB_OPTIONS, "lab_parts": "raise ImportError('lab_parts is heavy')"}
+    )
     work = site.folder.parent / "work"
     work.mkdir()
     (work / "trial.yaml").write_text(LAB_RECIPE)

@@ -48,10 +48,13 @@ def test_component_is_attributed_to_its_distribution(site: Any) -> None:
         ),
         (GOOD.format(name="x").replace("@hookimpl", ""), ["mmrl_rewards is not marked", "@hookimpl"]),
         (GOOD.format(name="Bad Name"), ["'Bad Name'", "must match"]),
-        (GOOD.format(name="x").replace("somewhere:thing", "somewhere.thing"), ["'somewhere.thing'", "package.module:name"]),
+        (
+            GOOD.format(name="x").replace("somewhere:thing", "somewhere.thing"),
+            ["'somewhere.thing'", "package.module:name"],
+        ),
         (GOOD.format(name="x").replace("return [", "return 3; ["), ["returned int", "list of Component"]),
         (GOOD.format(name="x").replace("return [", "return ['a'] + ["), ["a str in its list"]),
-        (GOOD.format(name="x").replace("thing\")]", "thing\")] * 2"), ["'x' more than once"]),
+        (GOOD.format(name="x").replace('thing")]', 'thing")] * 2'), ["'x' more than once"]),
         (GOOD.format(name="x").replace("return", "raise KeyError('oops')\n    return"), ["KeyError", "oops"]),
     ],
 )

@@ -195,7 +195,24 @@ def test_written_recipe_reads_back_equal(write: Any, tmp_path: Path) -> None:
 
 
 texts = st.text(max_size=12) | st.sampled_from(
-    ["1e5", "1E-3", "-.5e+3", "no", "null", "~", "0x1F", "1_000", "2024-01-01", "1:30", "<<", "=", "a: b", "#c", "é\n x ", ""]
+    [
+        "1e5",
+        "1E-3",
+        "-.5e+3",
+        "no",
+        "null",
+        "~",
+        "0x1F",
+        "1_000",
+        "2024-01-01",
+        "1:30",
+        "<<",
+        "=",
+        "a: b",
+        "#c",
+        "é\n x ",
+        "",
+    ]
 )
 scalars = texts | st.integers() | st.booleans() | st.none() | st.floats(allow_nan=False)
 values = st.recursive(
@@ -204,7 +221,9 @@ values = st.recursive(
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(options=st.dictionaries(texts.filter(lambda t: t not in {"name", *RewardChoice.model_fields}), values, max_size=4))
+@given(
+    options=st.dictionaries(texts.filter(lambda t: t not in {"name", *RewardChoice.model_fields}), values, max_size=4)
+)
 def test_any_option_survives_writing(options: dict[str, Any], tmp_path: Path) -> None:
     recipe = Recipe.model_validate({**yaml.safe_load(MINIMAL), "data": {"name": "x", **options}})
     path = tmp_path / "again.yaml"

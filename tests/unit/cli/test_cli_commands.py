@@ -109,7 +109,7 @@ def test_plugins_table(lab: Any) -> None:
     lines = {tuple(line.split()[:5]): line for line in done.stdout.splitlines()}
     assert ("lab", "1.0", "backend", "toy", "available") in lines
     never = lines[("lab", "1.0", "reward", "never", "unavailable")]
-    assert never.endswith("no such luck. Pip install luck")
+    assert never.endswith("no such luck. Cure: pip install luck")
     broken = next(line for line in lines.values() if line.startswith("broken-one"))
     assert "no_such_module_at_all" in broken
 

@@ -107,7 +107,7 @@ def test_threads_are_divided_unless_set(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setattr("mmrl_core.launch.local.usable_cores", lambda: 9)
 
     def threads(options: LocalOptions) -> str | None:
-        return LocalLauncher(options)._environment(0, 4, tmp_path / "store").get("OMP_NUM_THREADS")
+        return LocalLauncher(options)._environment(0, 4, tmp_path).get("OMP_NUM_THREADS")
 
     assert threads(LocalOptions(processes=4)) == "2"
     assert threads(LocalOptions(processes=4, threads_per_process=7)) == "7"
@@ -215,7 +215,14 @@ def test_loopback_master_for_several_hosts_is_refused_before_waiting(monkeypatch
 
 @pytest.mark.parametrize(
     ("address", "loopback"),
-    [("127.0.0.1", True), ("127.0.1.1", True), ("::1", True), ("localhost", True), ("10.0.0.1", False), ("no.invalid", False)],
+    [
+        ("127.0.0.1", True),
+        ("127.0.1.1", True),
+        ("::1", True),
+        ("localhost", True),
+        ("10.0.0.1", False),
+        ("no.invalid", False),
+    ],
 )
 def test_is_loopback(address: str, loopback: bool) -> None:
     assert distributed.is_loopback(address) is loopback

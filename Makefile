@@ -1,0 +1,62 @@
+# Two commands do everything on a fresh machine: `make quickstart` and `make test`.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# A package index that serves CPU builds of torch, where the default one would bring several GB of CUDA, for example
+#   make quickstart TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+TORCH_FROM := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX),)
+
+export HF_HUB_DISABLE_TELEMETRY := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help quickstart test test-fast lint types docs perf clean
+
+help: ## Show what can be made
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "mmrl needs Python 3.10 or newer; say which: make PYTHON=python3.11 ..."'
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and pinned: an unconstrained resolver may choose another build
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) $(TORCH_FROM) $$(grep '^torch==' constraints.txt)
+	$(PIP) -c constraints.txt -e '.[lora,gguf]'
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) -c constraints.txt -e '.[test,docs]'
+	@touch $@
+
+quickstart: $(VENV)/.installed ## Train SmolLM2-135M on arithmetic, evaluate it before and after, show the result
+	$(BIN)/mmrl train recipes/quickstart.yaml
+	$(BIN)/mmrl eval recipes/quickstart.yaml --output runs/quickstart/eval.json
+	@echo "picture: runs/quickstart/progress.png    metrics: runs/quickstart/metrics.jsonl    log: runs/quickstart/run.log"
+
+test: export HF_HUB_OFFLINE := 1
+test: lint types docs ## Everything that must hold: style, types, docs, all tests
+	$(BIN)/python -m pytest
+
+test-fast: export HF_HUB_OFFLINE := 1
+test-fast: $(VENV)/.installed-dev ## The tests that take seconds
+	$(BIN)/python -m pytest -m 'not slow' tests/unit
+
+lint: $(VENV)/.installed-dev ## ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed-dev ## mypy, strict
+	$(BIN)/mypy
+
+docs: $(VENV)/.installed-dev ## Build the documentation site into site/
+	$(BIN)/mkdocs build --strict --quiet
+
+perf: export HF_HUB_OFFLINE := 1
+perf: $(VENV)/.installed-dev ## Measure every combination that this machine has
+	$(BIN)/python -m pytest perf --benchmark-only
+
+clean: ## Remove what was built, but no runs
+	rm -rf $(VENV) site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,160 @@
+"""Whole runs: what a run leaves behind, on 1 and 2 ranks, and through every algorithmic option."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from mmrl_core.metrics.names import COLOCATED_SUM, is_volatile
+from mmrl_core.recipe import load_recipe
+
+SEEDS_NAMES = [
+    "timing/all", "timing/update", "timing/rollout", "timing/old_log_p", "timing/reference_model",
+    "timing/resharding_to_train", "timing/resharding_to_infer", "timing/adv", "timing/non_overlap_reference_model",
+    "timing/non_overlap_adv", "timing/ref_onload", "timing/ref_offload", "actor/entropy", "actor/pg_loss",
+    "actor/pg_clipfrac", "actor/ppo_kl", "grad_norm", "grpo/lr", "grpo/score/mean", "grpo/score/max", "grpo/score/min",
+    "grpo/rewards/mean", "grpo/rewards/max", "grpo/rewards/min", "response_length/mean", "response_length/min",
+    "response_length/max", "prompt_length/mean", "prompt_length/min", "prompt_length/max", "e2e_tps", "update_tps",
+    "vllm_tps",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(shared_workshop):
+    """One ordinary run with periodic checkpoints and evaluation."""
+    done = shared_workshop.train(
+        "one",
+        "checkpoint.every=2",
+        "eval.data={name: arithmetic, largest: 9, split: test}",
+        "eval.prompts=10",
+        "eval.every=2",
+        "writers=[console, jsonl, tensorboard]",
+    )
+    return shared_workshop, done
+
+
+def test_the_run_folder_holds_everything(finished) -> None:
+    workshop, done = finished
+    folder = workshop.folder / "one"
+    assert {"recipe.yaml", "run.log", "metrics.jsonl", "summary.json", "progress.png"} <= {
+        p.name for p in folder.iterdir()
+    }
+    assert list((folder / "tensorboard").glob("events*"))
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step_00000002", "step_00000004"]
+    assert (folder / "progress.png").read_bytes().startswith(b"\x89PNG")
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["outcome"] == "finished"
+    assert summary["steps"] == 4
+    assert "step 4/4" in done.out
+    recipe, _ = load_recipe(folder / "recipe.yaml")
+    assert recipe.algorithm.steps == 4
+
+
+def test_every_metric_of_the_table_is_there_and_the_times_add_up(finished) -> None:
+    workshop, _ = finished
+    rows = workshop.metrics("one")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    for row in rows:
+        missing = [name for name in SEEDS_NAMES if name not in row]
+        assert not missing
+        assert row["timing/all"] >= sum(row[f"timing/{name}"] for name in COLOCATED_SUM)
+        assert row["e2e_tps"] == pytest.approx(
+            (row["prompt_length/mean"] + row["response_length/mean"]) * 12 / row["timing/all"]
+        )
+        assert row["grpo/score/mean"] == pytest.approx(
+            row["reward/numeric/mean"] + 0.5 * row["reward/length/mean"], abs=1e-9
+        )
+    assert "eval/score/mean" in rows[1]
+    assert "eval/score/mean" not in rows[0]
+
+
+def test_before_the_first_update_engine_and_replay_agree(finished) -> None:
+    workshop, _ = finished
+    for row in workshop.metrics("one"):
+        assert row["mismatch/log_prob_diff_max"] < 1e-4
+        assert row["actor/ppo_kl"] == 0.0
+        assert row["actor/pg_clipfrac"] == 0.0
+
+
+def test_the_export_is_an_ordinary_folder(finished) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    workshop, _ = finished
+    folder = workshop.folder / "one" / "export"
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert AutoTokenizer.from_pretrained(folder).chat_template
+    before = AutoModelForCausalLM.from_pretrained(workshop.model)
+    changed = [n for n, p in model.named_parameters() if not torch.equal(p, before.get_parameter(n))]
+    assert len(changed) == len(list(model.named_parameters()))
+
+
+def test_export_command_writes_the_same_weights(finished) -> None:
+    workshop, _ = finished
+    done = workshop.mmrl("export", "one", "again")
+    assert done.status == 0, done.all
+    from safetensors.torch import load_file
+
+    again = load_file(workshop.folder / "again" / "model.safetensors")
+    first = workshop.weights("one")
+    assert again.keys() == first.keys()
+    assert all(torch.equal(again[n], first[n]) for n in first)
+    refused = workshop.mmrl("export", "one", "again")
+    assert refused.status != 0
+    assert "exists" in refused.err
+
+
+def test_a_finished_run_is_left_alone(finished) -> None:
+    workshop, _ = finished
+    before = (workshop.folder / "one" / "metrics.jsonl").read_bytes()
+    done = workshop.train("one", "checkpoint.every=2")
+    assert "nothing to do" in done.out
+    assert (workshop.folder / "one" / "metrics.jsonl").read_bytes() == before
+
+
+def test_two_ranks_learn_what_one_learns(finished) -> None:
+    workshop, _ = finished
+    options = ["algorithm.prompts_per_step=3", "algorithm.minibatches=2", "algorithm.steps=3"]
+    workshop.train("single", *options)
+    workshop.train("double", *options, "launcher.processes=2", "launcher.name=local")
+    one, two = workshop.metrics("single"), workshop.metrics("double")
+    for a, b in zip(one, two, strict=True):
+        names = {n for n in a if not is_volatile(n)}
+        assert names == {n for n in b if not is_volatile(n)}
+        for name in names:
+            assert a[name] == pytest.approx(b[name], rel=2e-4, abs=2e-5), (a["step"], name)
+    weights, other = workshop.weights("single"), workshop.weights("double")
+    for name, tensor in weights.items():
+        assert torch.allclose(tensor, other[name], rtol=1e-4, atol=1e-5), name
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["algorithm.advantage.name=dr_grpo", "algorithm.loss.aggregation=seq-mean-token-sum-norm"],
+        ["algorithm.advantage.name=rloo", "algorithm.kl={coef: 0.1, where: reward, estimator: k1}"],
+        ["algorithm.advantage.name=global_std", "algorithm.kl={coef: 0.1}", "algorithm.minibatches=3"],
+        ["algorithm.loss.name=gspo", "algorithm.epochs=2", "algorithm.loss.clip_low=3e-4"],
+        ["algorithm.dynamic_sampling={max_rounds: 3}", "algorithm.loss={clip_high: 0.28, dual_clip: 3}"],
+        ["algorithm.importance={level: sequence, mode: mask, cap: 2}", "algorithm.loss.entropy_coef=0.01"],
+        ["model.lora={rank: 4}", "algorithm.kl={coef: 0.05}", "algorithm.epochs=2"],
+        ["rollout.weights=own", "backend.activation_checkpointing=true", "algorithm.truncated=mask"],
+        ["model.dtype=bfloat16", "algorithm.importance={level: token}", "algorithm.old_log_probs=recompute"],
+        ["algorithm.truncated=drop", "sampling.top_p=0.9", "sampling.top_k=20", "algorithm.old_log_probs=behaviour"],
+    ],
+    ids=lambda o: o[0].split("=")[0] + "=" + o[0].split("=", 1)[1][:16],
+)
+def test_every_option_runs(shared_workshop, overrides: list[str], request: pytest.FixtureRequest) -> None:
+    run = f"option-{request.node.callspec.id}".replace(" ", "").replace("{", "").replace(":", "-")
+    shared_workshop.train(run, "algorithm.steps=2", *overrides)
+    rows = shared_workshop.metrics(run)
+    assert len(rows) == 2
+    for row in rows:
+        assert all(math.isfinite(v) for v in row.values() if v is not None), row
+    if any("kl=" in o and "where" not in o for o in overrides):
+        assert rows[-1]["actor/kl_loss"] > 0
+        assert rows[-1]["timing/reference_model"] > 0
