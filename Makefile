@@ -56,7 +56,7 @@ docs: $(VENV)/.installed-dev ## Build the documentation site into site/
 
 perf: export HF_HUB_OFFLINE := 1
 perf: $(VENV)/.installed-dev ## Measure every combination that this machine has
-	$(BIN)/python -m pytest perf --benchmark-only
+	$(BIN)/python -m pytest perf 
 
 clean: ## Remove what was built, but no runs
 	rm -rf $(VENV) site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

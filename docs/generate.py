@@ -318,7 +318,7 @@ def metrics_page() -> str:
 
 def metric_groups() -> list[tuple[str, Sequence[names.Metric]]]:
     """The registry's own groups, by the name of the tuple that holds them."""
-    groups = [
+    groups: list[tuple[str, Sequence[names.Metric]]] = [
         (variable.capitalize(), value)
         for variable, value in vars(names).items()
         if isinstance(value, tuple) and value and isinstance(value[0], names.Metric) and value is not names.METRICS

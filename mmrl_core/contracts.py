@@ -60,9 +60,13 @@ class Sample:
     """The decoded result that a reward looks at."""
 
     sample_id: int
+    """Global id of the sample in its step."""
     group_id: int
+    """Index of its prompt in the step's global batch."""
     prompt: Prompt
+    """What was asked."""
     text: str | None = None
+    """The response as text, special tokens left out, or None."""
     image: Any = None
     """uint8 array [H, W, 3], or None."""
     video: Any = None
@@ -70,6 +74,7 @@ class Sample:
     length: int = 0
     """Number of actions taken."""
     truncated: bool = False
+    """Stopped by the length limit."""
 
     @property
     def answer(self) -> Any:
@@ -82,7 +87,9 @@ class RewardResult:
     """A value or a failure, never both. `scores` are named sub-scores for the metrics."""
 
     value: float | None = None
+    """The reward, finite; None when it failed."""
     failure: str | None = None
+    """Why there is no value, in one line; None when there is one."""
     scores: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -91,6 +98,7 @@ class GenerationRequest:
     """One prompt to sample a group from."""
 
     prompt: Prompt
+    """What to answer."""
     group_id: int
     """Index of the prompt in the step's global batch."""
     sample_ids: tuple[int, ...]
@@ -187,6 +195,7 @@ class Minibatch:
     """One replica's share of one optimizer step. Rows of a group are adjacent; shares may be empty or uneven."""
 
     rollouts: Rollouts
+    """The rows of this share."""
     advantages: Tensor
     """[B] fp32."""
     weight: Tensor
@@ -230,10 +239,15 @@ class RunContext:
     """What every component is given at set-up."""
 
     world: World
+    """The ranks of the run, and this one's place."""
     device: DeviceOps
+    """This rank's device, activated."""
     seed: int
+    """The recipe's seed."""
     deterministic: bool
+    """The recipe asks for bit-reproducible kernels."""
     run_dir: Path
+    """The run folder; the same on every rank."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,6 +255,7 @@ class TrainingSpec:
     """What a training backend is asked to do."""
 
     optimizer: OptimizerSpec
+    """The recipe's optimizer section."""
     total_updates: int
     """Optimizer steps in the whole run, for learning-rate schedules."""
     reference: bool
@@ -252,8 +267,11 @@ class MemoryStats:
     """Bytes; None where the device cannot say."""
 
     allocated: int | None
+    """In use now."""
     peak: int | None
+    """Most in use since `reset_peak_memory`."""
     total: int | None
+    """What the device has."""
 
 
 # ----------------------------------------------------------------------------------------------------------- contracts
@@ -263,6 +281,7 @@ class DeviceOps(ABC):
     """Everything that differs between kinds of device. Constructed without arguments; `activate` binds this rank."""
 
     name: ClassVar[str]
+    """The component's word; also the type of its torch device."""
 
     @abstractmethod
     def activate(self, local_rank: int) -> torch.device:

@@ -16,9 +16,13 @@ class World:
     """This rank's place. With `size` 1 nothing needs an initialised process group."""
 
     rank: int = 0
+    """0 <= rank < size."""
     size: int = 1
+    """Number of ranks."""
     local_rank: int = 0
+    """Place among the ranks of this host."""
     nodes: int = 1
+    """Number of hosts."""
 
     @property
     def is_main(self) -> bool:

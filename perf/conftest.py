@@ -73,9 +73,9 @@ class Bench:
         return local_path(SMOLLM2)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    """Builds runs of the chosen size."""
+    """Builds runs of the chosen size; the last one ends with the module, so that others may join."""
     config = request.config
     bench = Bench(config.getoption("size"), config.getoption("tokens"), tmp_path_factory.mktemp("perf"))
     yield bench

@@ -1,4 +1,4 @@
-"""Training with PyTorch `fully_shard` (FSDP2). Every rank is a replica; weights, gradients and optimizer are sharded."""
+"""Training with PyTorch `fully_shard` (FSDP2): every rank is a replica and holds a shard of everything."""
 
 from __future__ import annotations
 
@@ -188,16 +188,16 @@ class Fsdp2Backend(TrainingBackend):
                 part.reshard()
 
     def save(self, directory: Path, *, optimizer: bool) -> None:
-        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint import state_dict_saver
 
         directory.mkdir(parents=True, exist_ok=True)
-        dcp.save(self._state(optimizer), checkpoint_id=str(directory))
+        state_dict_saver.save(self._state(optimizer), checkpoint_id=str(directory))
         if self.context.world.is_main:
             facts = {"updates": self.optimizer.updates, "skipped": self.optimizer.skipped, "optimizer": optimizer}
             (directory / "fsdp2.json").write_text(json.dumps(facts), encoding="utf-8")
 
     def load(self, directory: Path, *, optimizer: bool) -> None:
-        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint import state_dict_loader
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
 
         facts = json.loads((directory / "fsdp2.json").read_text(encoding="utf-8"))
@@ -207,7 +207,7 @@ class Fsdp2Backend(TrainingBackend):
                 "false). To go on with a fresh optimizer set checkpoint.load_optimizer: false"
             )
         state = self._state(optimizer)
-        dcp.load(state, checkpoint_id=str(directory))
+        state_dict_loader.load(state, checkpoint_id=str(directory))
         set_state_dict(
             self.module,
             self.optimizer.torch_optimizer if optimizer else [],
@@ -229,9 +229,7 @@ class Fsdp2Backend(TrainingBackend):
         options = StateDictOptions(ignore_frozen_params=True)
         state: dict[str, Any] = {"model": get_model_state_dict(self.module, options=options)}
         if optimizer:
-            state["optimizer"] = get_optimizer_state_dict(
-                self.module, self.optimizer.torch_optimizer, options=options
-            )
+            state["optimizer"] = get_optimizer_state_dict(self.module, self.optimizer.torch_optimizer, options=options)
         return state
 
     def offload(self) -> None:
@@ -253,5 +251,3 @@ class Fsdp2Backend(TrainingBackend):
 def _sharded(module: nn.Module) -> list[Any]:
     """The modules that `fully_shard` was applied to, root included."""
     return [m for m in module.modules() if isinstance(m, FSDPModule)]
-
-

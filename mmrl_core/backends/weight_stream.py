@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -44,12 +44,11 @@ def export(module: nn.Module, policy: Policy, form: Literal["merged", "adapter"]
         yield bucket
 
 
-def _delta(layer: nn.Module) -> Tensor:
+def _delta(layer: Any) -> Tensor:
     """scaling * B A of a peft LoRA layer. Collective for sharded tensors."""
-    delta: Tensor | None = None
-    for adapter in layer.active_adapters:  # type: ignore[union-attr]
-        a, b = full(layer.lora_A[adapter].weight), full(layer.lora_B[adapter].weight)  # type: ignore[index]
-        part = layer.scaling[adapter] * (b.float() @ a.float())  # type: ignore[index]
-        delta = part if delta is None else delta + part
-    assert isinstance(delta, torch.Tensor)
-    return delta
+    parts = [
+        layer.scaling[adapter]
+        * (full(layer.lora_B[adapter].weight).float() @ full(layer.lora_A[adapter].weight).float())
+        for adapter in layer.active_adapters
+    ]
+    return torch.stack(parts).sum(0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from mmrl_core.errors import RecipeError
 from mmrl_core.plugins import load_plugins, resolve
@@ -45,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
     width = max(len(m) for m in models)
     for model, result in zip(models, results, strict=True):
         print(f"{model:<{width}}  score {result.mean:.4f}  on {len(result.scores)} held-out prompts")
-    report = {
+    report: dict[str, Any] = {
         "models": [
             {"model": m, "score": r.mean, "prompts": len(r.scores), "scores": r.scores, "texts": r.texts}
             for m, r in zip(models, results, strict=True)

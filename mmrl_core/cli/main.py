@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = [argument for argument in given if argument != "--debug"]
     configure_console()
     try:
-        parsed = _parser(given).parse_args(given)
+        parsed = _parse(given)
         status: int = parsed.func(parsed)
         sys.stdout.flush()
         return status
@@ -52,6 +52,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter flushes stdout once more on its way out
         return BROKEN_PIPE
+
+
+def _parse(given: Sequence[str]) -> argparse.Namespace:
+    """Arguments, with overrides (`key=value`) allowed after options too, where argparse stops taking them."""
+    parser = _parser(given)
+    parsed, rest = parser.parse_known_args(given)
+    overrides = [argument for argument in rest if "=" in argument and not argument.startswith("-")]
+    if len(overrides) < len(rest) or (rest and not hasattr(parsed, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(a for a in rest if a not in overrides) or rest[0]}")
+    if rest:
+        parsed.overrides = [*parsed.overrides, *overrides]
+    return parsed
 
 
 def _parser(given: Sequence[str]) -> argparse.ArgumentParser:

@@ -17,8 +17,8 @@ import torch
 from mmrl_core.contracts import GenerationRequest, Prompt, PromptSource, Rollouts, Sample
 from mmrl_core.errors import DataError, RewardError
 from mmrl_core.grpo.advantages import informative_groups
-from mmrl_core.rows import concatenate, select_rows
 from mmrl_core.grpo.run import Run
+from mmrl_core.rows import concatenate, select_rows
 
 if TYPE_CHECKING:
     from mmrl_core.rewards.executor import Scored

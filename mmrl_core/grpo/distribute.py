@@ -5,6 +5,7 @@ The one place where the two layouts meet. Groups stay whole; who gets what is co
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -84,4 +85,4 @@ def _groups(rollouts: Rollouts, groups: set[int]) -> Rollouts:
 def chunk(groups: Sequence[int], parts: int) -> list[list[int]]:
     """Groups in `parts` consecutive lists whose sizes differ by one at most; empty lists are left out."""
     bounds = [len(groups) * i // parts for i in range(parts + 1)]
-    return [list(groups[a:b]) for a, b in zip(bounds, bounds[1:], strict=False) if b > a]
+    return [list(groups[a:b]) for a, b in itertools.pairwise(bounds) if b > a]

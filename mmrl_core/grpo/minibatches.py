@@ -9,9 +9,9 @@ from torch import Tensor
 
 from mmrl_core.contracts import Minibatch, Record, Rollouts
 from mmrl_core.grpo.aggregation import action_weights
-from mmrl_core.rows import select_record, select_rows
 from mmrl_core.grpo.collect import SampleRow
 from mmrl_core.recipe import AlgorithmSpec
+from mmrl_core.rows import select_record, select_rows
 
 
 def build_minibatch(

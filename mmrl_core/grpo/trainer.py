@@ -171,11 +171,14 @@ def nothing_to_learn(run: Run, batch: StepBatch) -> dict[str, float]:
     """A step whose every group was dropped: counted and said; an error when it keeps happening."""
     run.progress.idle_steps += 1
     failed = sum(row.score is None for row in batch.table)
-    log.warning("no group to learn from: %d of %d samples failed their reward", failed, len(batch.table))
+    why = f"{failed} of {len(batch.table)} samples failed their reward"
+    if batch.dropped_equal:
+        why += f", and {batch.dropped_equal} groups had equal rewards (dynamic sampling)"
+    log.warning("step %d has no group to learn from: %s", run.progress.step + 1, why)
     if run.progress.idle_steps >= MAX_IDLE_STEPS:
         raise RewardError(
-            f"{MAX_IDLE_STEPS} steps in a row had no group to learn from; in the last one {failed} of "
-            f"{len(batch.table)} samples failed their reward. The reasons are in {run.directory}/run.log"
+            f"{MAX_IDLE_STEPS} steps in a row had no group to learn from; in the last one {why}. "
+            f"Reasons of failures are in {run.directory}/run.log"
         )
     return {"actor/skipped_updates": 0.0}
 

@@ -39,6 +39,7 @@ def configure_logging(run_dir: Path, rank: int) -> None:
 def _stderr(form: str) -> logging.Handler:
     handler = logging.StreamHandler(sys.stderr)
     handler.setLevel(logging.WARNING)
+    handler.addFilter(lambda record: not getattr(record, "file_only", False))
     handler.setFormatter(logging.Formatter(form))
     return handler
 

@@ -51,7 +51,7 @@ def main(recipe_path: Path) -> int:
             run.stop_requested = lambda: stop.requested(world)
             return _run(run)
         except MmrlError as error:
-            log.error("%s", error)
+            log.error("%s", error, extra={"file_only": True})  # the command line prints it
             raise
         finally:
             disconnect()

@@ -97,6 +97,8 @@ class CausalLmPolicy(TokenPolicy):
         return {"prompt_ids": torch.tensor(ids, dtype=torch.int64)}
 
     def decode(self, rollouts: Rollouts, requests: Sequence[GenerationRequest]) -> list[Sample]:
+        if not len(rollouts):  # transformers decodes no rows as one empty text
+            return []
         prompts = {r.group_id: r.prompt for r in requests}
         texts = self.tokenizer.batch_decode(
             [ids.tolist() for ids in rollouts.payload["response_ids"]], skip_special_tokens=True
@@ -171,9 +173,7 @@ class CausalLmPolicy(TokenPolicy):
         log_probs, entropy = module(self._token_stats, batch, plan == SHARED)
         pad = (0, batch.mask.shape[1] - log_probs.shape[1])  # negative: a shared prompt's response pass has two columns
         entropy = entropy if entropy_gradient else entropy.detach()
-        return ActionStats(
-            log_probs=nn.functional.pad(log_probs, pad), entropy=nn.functional.pad(entropy, pad)
-        )
+        return ActionStats(log_probs=nn.functional.pad(log_probs, pad), entropy=nn.functional.pad(entropy, pad))
 
     def plan(self, batch: Rollouts) -> int:
         """SHARED when computing each prompt once is asked for, or saves enough tokens."""
@@ -211,9 +211,7 @@ class CausalLmPolicy(TokenPolicy):
         zeros = torch.zeros(taken.shape, dtype=torch.float32, device=device)
         return zeros.masked_scatter(taken, log_probs), zeros.masked_scatter(taken, entropy)
 
-    def _shared_hidden(
-        self, model: Any, prompts: list[Tensor], prompt_of_row: Tensor, responses: Tensor
-    ) -> Tensor:
+    def _shared_hidden(self, model: Any, prompts: list[Tensor], prompt_of_row: Tensor, responses: Tensor) -> Tensor:
         """[b, r, H]: the state that predicts each response token; each prompt computed once."""
         device = responses.device
         ids, mask = left_pad(prompts, self.pad_id)

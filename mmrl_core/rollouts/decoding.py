@@ -139,17 +139,20 @@ def choose(logits: Tensor, uniform: Tensor, sampling: Any) -> tuple[Tensor, Tens
 
     `logits` [n, V]. Temperature 0 takes the likeliest token.
     """
-    scaled = logits.float() / (sampling.temperature or 1.0)
+    scaled = logits.float()
+    if sampling.temperature not in (0.0, 1.0):
+        scaled = scaled / sampling.temperature
     log_probs = scaled.log_softmax(-1)
     if sampling.temperature == 0:
         token = log_probs.argmax(-1)
     else:
         p = truncate(log_probs.exp(), sampling)
         cumulative = p.cumsum(-1)
-        token = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)[:, 0]
-        # uniform * total can round up to the total: then the last token with any probability is meant
-        last = p.shape[-1] - 1 - (p > 0).flip(-1).byte().argmax(-1)
-        token = torch.minimum(token, last)
+        total = cumulative[:, -1:].contiguous()
+        token = torch.searchsorted(cumulative, uniform[:, None] * total, right=True)[:, 0]
+        # uniform * total can round up to the total: then the last token with any probability is meant, the first
+        # that reaches the total
+        token = torch.minimum(token, torch.searchsorted(cumulative, total)[:, 0])
     return token, log_probs.gather(-1, token[:, None])[:, 0]
 
 

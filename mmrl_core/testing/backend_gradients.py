@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import torch
-
 import pytest
+import torch
 
 from mmrl_core.contracts import Minibatch, TrainingBackend
 from mmrl_core.testing.backend_stage import TEMPERATURE, BackendStage, Bench
@@ -74,7 +73,7 @@ class GradientChecks(BackendStage):
 
     def test_gradients_without_old_log_probs(self, bench: Bench) -> None:
         """With one update per rollout the old log-probs are the current ones, detached: no extra pass, same gradient."""
-        backend, cast = bench.default()
+        backend, _cast = bench.default()
         minibatch = check_minibatch(bench.rollouts)
         expected = plain_gradients(bench.plain, minibatch, CheckLoss(), TEMPERATURE)
         assert relative_difference(gradients(backend, minibatch), expected) <= REFERENCE_GRADIENT_TOLERANCE

@@ -129,7 +129,9 @@ class UpdateChecks(BackendStage):
             for row, expected, mask in zip(
                 before["log_probs"], bench.expected.log_probs, bench.rollouts.mask, strict=True
             ):
-                assert (row[: len(mask)] - expected[: len(row)])[mask[: len(row)]].abs().max() <= self.log_prob_tolerance
+                assert (row[: len(mask)] - expected[: len(row)])[
+                    mask[: len(row)]
+                ].abs().max() <= self.log_prob_tolerance
         for _ in range(2):
             backend.update(bench.minibatch, CheckLoss())
         assert record_difference(backend.reference(bench.rollouts), before) == 0.0, "the reference moved"

@@ -54,7 +54,9 @@ class Rank:
         recipe, source = load_recipe(path)
         selection = resolve(recipe, source)
         policy = components.create_policy(selection, recipe.model)
-        assert isinstance(policy, TokenPolicy), f"these checks are about text; {type(policy).__name__} is another policy"
+        assert isinstance(policy, TokenPolicy), (
+            f"these checks are about text; {type(policy).__name__} is another policy"
+        )
         self.device.seed(recipe.seed)
         return Cast(
             recipe=recipe,
@@ -113,7 +115,9 @@ def run_ranks(module: str, arguments: list[str], ranks: int, folder: Path, timeo
                 processes.append(subprocess.Popen(command, stdout=output, stderr=output, env=environment))
         until = time.monotonic() + timeout_s
         while any(p.poll() is None for p in processes) and not any(p.poll() for p in processes):
-            assert time.monotonic() < until, f"{module} on {ranks} ranks hangs (one rank waits for another)\n{_told(logs)}"
+            assert time.monotonic() < until, (
+                f"{module} on {ranks} ranks hangs (one rank waits for another)\n{_told(logs)}"
+            )
             time.sleep(0.05)
         for process in processes:  # a rank that fails takes the others with it: let them say so
             if process.poll() is None:

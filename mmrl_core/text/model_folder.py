@@ -156,9 +156,9 @@ def add_adapters(model: Any, spec: LoraSpec) -> Any:
 
 def set_adapters(module: nn.Module, *, enabled: bool) -> None:
     """Switch every LoRA layer below `module` on or off."""
-    for child in module.modules():
-        if hasattr(child, "lora_A"):
-            child.enable_adapters(enabled)
+    layers: list[Any] = [child for child in module.modules() if hasattr(child, "lora_A")]
+    for layer in layers:
+        layer.enable_adapters(enabled)
 
 
 # ------------------------------------------------------------------------------------------------------------- saving

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+CACHED = 1 << 19
+"""Logits worked on at once on a CPU: 2 MB of fp32."""
+
 
 class _ChosenTokenStats(torch.autograd.Function):
     """(log p(target), entropy) of softmax(logits / temperature), fp32.
@@ -19,19 +22,28 @@ class _ChosenTokenStats(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        z = logits.detach().float()
-        z = z / temperature if temperature != 1.0 else z
-        z = z - z.amax(-1, keepdim=True)
-        chosen = z.gather(-1, targets[:, None])[:, 0]
-        p = z.exp()
-        total = p.sum(-1)
-        log_total = total.log()
-        p.div_(total[:, None])
-        # sum p * z without an [n, V] product; exp underflow makes p = 0 where z is very negative, and 0 * z = 0
-        entropy = log_total - torch.bmm(p[:, None], z.clamp_min(torch.finfo(z.dtype).min)[:, :, None])[:, 0, 0]
-        ctx.probabilities, ctx.targets, ctx.temperature, ctx.dtype = p, targets, temperature, logits.dtype
+        count, vocabulary = logits.shape
+        log_probs = torch.empty(count, dtype=torch.float32, device=logits.device)
+        entropy = torch.empty_like(log_probs)
+        keep = ctx.needs_input_grad[0]
+        probabilities = torch.empty(logits.shape, dtype=torch.float32, device=logits.device) if keep else None
+        # on a CPU in rows that stay in its cache: five passes over memory become one
+        rows = max(1, CACHED // vocabulary) if logits.device.type == "cpu" else max(1, count)
+        for start in range(0, count, rows):
+            part = slice(start, start + rows)
+            z = logits[part].detach().float()
+            z = z / temperature if temperature != 1.0 else z
+            z = z - z.amax(-1, keepdim=True)
+            chosen = z.gather(-1, targets[part, None])[:, 0]
+            p = z.exp() if probabilities is None else torch.exp(z, out=probabilities[part])
+            total = p.sum(-1)
+            p.div_(total[:, None])
+            # a logit of -inf has p = 0; its product must be 0 too
+            entropy[part] = total.log() - z.clamp_min_(torch.finfo(z.dtype).min).mul_(p).sum(-1)
+            log_probs[part] = chosen - total.log()
+        ctx.probabilities, ctx.targets, ctx.temperature, ctx.dtype = probabilities, targets, temperature, logits.dtype
         ctx.entropy = entropy
-        return chosen - log_total, entropy
+        return log_probs, entropy
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor, None, None]:
@@ -72,7 +84,7 @@ def token_stats(
     if hidden.shape[0] <= rows:
         return stats(hidden, targets)
     pieces = []
-    for chunk, chosen in zip(hidden.split(rows), targets.split(rows), strict=True):
+    for chunk, chosen in zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True):
         if torch.is_grad_enabled():
             pieces.append(checkpoint(stats, chunk, chosen, use_reentrant=False))
         else:

@@ -91,7 +91,9 @@ class Workshop:
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from mmrl_core.testing.tiny import tiny_language_model
 
-    return tiny_language_model(tmp_path_factory.mktemp("models") / "tiny-llama", end_tokens="abcdefghijklmnopqrstuvwxyz0123456789")
+    return tiny_language_model(
+        tmp_path_factory.mktemp("models") / "tiny-llama", end_tokens="abcdefghijklmnopqrstuvwxyz0123456789"
+    )
 
 
 @pytest.fixture

@@ -109,7 +109,7 @@ def test_two_ranks_killed_and_resumed(shared_workshop) -> None:
     process.kill()
     process.wait()
     assert process.returncode == -signal.SIGKILL
-    gone, alive = psutil.wait_procs(children, timeout=10)
+    _gone, alive = psutil.wait_procs(children, timeout=10)
     assert not alive, "ranks outlived their launcher"
     shared_workshop.train("pair-killed", *OPTIONS, *ranks)
     a, b = shared_workshop.metrics("pair"), shared_workshop.metrics("pair-killed")
