@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mmrl_core.contracts import GenerationRequest, Prompt, PromptSource, Rollouts, Sample
+from mmrl_core.contracts import GenerationRequest, Policy, Prompt, PromptSource, RolloutEngine, Rollouts, Sample
 from mmrl_core.errors import DataError, RewardError
 from mmrl_core.grpo.advantages import informative_groups
 from mmrl_core.grpo.run import Run
 from mmrl_core.rows import concatenate, select_rows
 
 if TYPE_CHECKING:
-    from mmrl_core.rewards.executor import Scored
+    from mmrl_core.rewards.executor import RewardExecutor, Scored
+    from mmrl_core.world import World
 
 log = logging.getLogger("mmrl.rollout")
 
@@ -137,9 +138,9 @@ def draw(run: Run, count: int) -> tuple[list[Prompt], int]:
     return prompts, skipped
 
 
-def take_prompts(source: PromptSource, run: Run, count: int) -> list[Prompt]:
+def take_prompts(source: PromptSource, policy: Policy, count: int) -> list[Prompt]:
     """The first `count` accepted prompts of a source, each at most once."""
-    accepted = (p for p in map(source.prompt, range(len(source))) if run.policy.accepts(p))
+    accepted = (p for p in map(source.prompt, range(len(source))) if policy.accepts(p))
     return [prompt for prompt, _ in zip(accepted, range(count), strict=False)]
 
 
@@ -160,25 +161,27 @@ def _generate_and_score(run: Run, requests: list[GenerationRequest]) -> tuple[Ro
     with run.timers("rollout"):
         rollouts = run.engine.generate(requests[replica.index :: replica.count], run.sampling)
     with run.timers("rule_reward"):
-        scored = score_everywhere(run, rollouts.samples)
+        scored = score_everywhere(run.rewards, run.engine, run.world, rollouts.samples)
         local = _rows(run, rollouts, scored, replica.index) if replica.is_root else []
         rows = [row for part in run.world.gather(local) for row in part]
     return rollouts, sorted(rows, key=lambda row: row.sample_id)
 
 
-def score_everywhere(run: Run, samples: Sequence[Sample]) -> list[Scored]:
+def score_everywhere(
+    rewards: RewardExecutor, engine: RolloutEngine, world: World, samples: Sequence[Sample]
+) -> list[Scored]:
     """Score this engine replica's samples on its root (nothing elsewhere). Collective.
 
     A reward with `on_failure: stop` raises its RewardError on every rank, not on the one that met it only.
     """
     scored: list[Scored] = []
     problem: str | None = None
-    if run.engine.replica.is_root:
+    if engine.replica.is_root:
         try:
-            scored = run.rewards.score(samples)
+            scored = rewards.score(samples)
         except RewardError as error:
             problem = str(error)
-    problems = [text for text in run.world.gather(problem) if text is not None]
+    problems = [text for text in world.gather(problem) if text is not None]
     if problems:
         raise RewardError(problems[0])
     return scored

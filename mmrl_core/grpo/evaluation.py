@@ -5,11 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from mmrl_core.contracts import GenerationRequest
+from mmrl_core.contracts import GenerationRequest, Policy, Prompt, PromptSource, RolloutEngine
 from mmrl_core.errors import RewardError
 from mmrl_core.grpo.collect import score_everywhere, seed_of, take_prompts
-from mmrl_core.grpo.run import Run
+from mmrl_core.recipe import EvalSpec
+from mmrl_core.world import World
+
+if TYPE_CHECKING:
+    from mmrl_core.rewards.executor import RewardExecutor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,50 +43,56 @@ class PairedTest:
     p_value: float
 
 
-def evaluate(run: Run) -> Evaluation:
-    """Generate and score the recipe's evaluation prompts with the engine's current weights. Collective.
+@dataclass(frozen=True, kw_only=True)
+class Evaluator:
+    """What an evaluation needs, in training or by itself."""
 
-    A sample whose reward failed fails the evaluation: a mean over what is left would be another quantity.
-    """
-    spec, source = run.recipe.eval, run.eval_source
-    assert spec is not None
-    assert source is not None
-    prompts = take_prompts(source, run, spec.prompts)
-    size = spec.samples_per_prompt
-    replica = run.engine.replica
-    local: list[tuple[int, float, str]] = []
-    failures: list[str] = []
-    for start in range(0, len(prompts), spec.batch_prompts * replica.count):
-        batch = range(start, min(start + spec.batch_prompts * replica.count, len(prompts)))
-        requests = [
-            GenerationRequest(
-                prompt=prompts[i],
-                group_id=i,
-                sample_ids=tuple(range(i * size, (i + 1) * size)),
-                seeds=tuple(seed_of(run.recipe.seed, 0, i * size + j) for j in range(size)),
-            )
-            for i in batch
-        ]
-        rollouts = run.engine.generate(requests[replica.index :: replica.count], run.eval_sampling)
-        scored = score_everywhere(run, rollouts.samples)
-        for sample, result in zip(rollouts.samples, scored, strict=False):
-            if result.value is None:
-                failures.append(f"{sample.prompt.origin}: {result.failure}")
-            else:
-                local.append((sample.group_id, result.value, sample.text or ""))
-    gathered = run.world.gather((local, failures))
-    problems = [text for _, part in gathered for text in part]
-    if problems:
-        raise RewardError(f"evaluation: {len(problems)} samples failed their reward; the first: {problems[0]}")
-    by_prompt: dict[int, list[tuple[float, str]]] = {}
-    for group, value, text in sorted(row for part, _ in gathered for row in part):
-        by_prompt.setdefault(group, []).append((value, text))
-    order = sorted(by_prompt)
-    return Evaluation(
-        questions=tuple(prompts[i].question() for i in order),
-        scores=tuple(sum(v for v, _ in by_prompt[i]) / len(by_prompt[i]) for i in order),
-        texts=tuple(by_prompt[i][0][1] for i in order),
-    )
+    spec: EvalSpec
+    seed: int
+    world: World
+    policy: Policy
+    engine: RolloutEngine
+    rewards: RewardExecutor
+    source: PromptSource
+    sampling: Any
+
+    def evaluate(self) -> Evaluation:
+        """Generate and score the recipe's evaluation prompts with the engine's current weights. Collective.
+
+        Raises RewardError when a sample's reward failed: a mean over what is left would be another quantity.
+        """
+        prompts = take_prompts(self.source, self.policy, self.spec.prompts)
+        replica = self.engine.replica
+        at_once = self.spec.batch_prompts * replica.count
+        local: list[tuple[int, float, str]] = []
+        failures: list[str] = []
+        for start in range(0, len(prompts), at_once):
+            requests = [self._request(i, prompts[i]) for i in range(start, min(start + at_once, len(prompts)))]
+            rollouts = self.engine.generate(requests[replica.index :: replica.count], self.sampling)
+            scored = score_everywhere(self.rewards, self.engine, self.world, rollouts.samples)
+            for sample, result in zip(rollouts.samples, scored, strict=False):  # scored on replica roots only
+                if result.value is None:
+                    failures.append(f"{sample.prompt.origin}: {result.failure}")
+                else:
+                    local.append((sample.group_id, result.value, sample.text or ""))
+        gathered = self.world.gather((local, failures))
+        problems = [text for _, part in gathered for text in part]
+        if problems:
+            raise RewardError(f"evaluation: {len(problems)} samples failed their reward; the first: {problems[0]}")
+        by_prompt: dict[int, list[tuple[float, str]]] = {}
+        for group, value, text in sorted(row for part, _ in gathered for row in part):
+            by_prompt.setdefault(group, []).append((value, text))
+        order = sorted(by_prompt)
+        return Evaluation(
+            questions=tuple(prompts[i].question() for i in order),
+            scores=tuple(sum(v for v, _ in by_prompt[i]) / len(by_prompt[i]) for i in order),
+            texts=tuple(by_prompt[i][0][1] for i in order),
+        )
+
+    def _request(self, index: int, prompt: Prompt) -> GenerationRequest:
+        ids = tuple(range(index * self.spec.samples_per_prompt, (index + 1) * self.spec.samples_per_prompt))
+        seeds = tuple(seed_of(self.seed, 0, i) for i in ids)  # step 0: no training step shares these
+        return GenerationRequest(prompt=prompt, group_id=index, sample_ids=ids, seeds=seeds)
 
 
 def paired_test(before: Sequence[float], after: Sequence[float]) -> PairedTest:

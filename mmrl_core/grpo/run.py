@@ -13,6 +13,7 @@ from mmrl_core.world import World
 
 if TYPE_CHECKING:
     from mmrl_core.checkpoint.store import CheckpointStore
+    from mmrl_core.grpo.evaluation import Evaluator
     from mmrl_core.metrics.timers import PhaseTimers
     from mmrl_core.rewards.executor import RewardExecutor
 
@@ -56,8 +57,8 @@ class Run:
     rewards: RewardExecutor
     source: PromptSource
     sampling: Any
-    eval_source: PromptSource | None
-    eval_sampling: Any
+    evaluator: Evaluator | None
+    """None without an `eval` section."""
     observers: Observers
     timers: PhaseTimers
     store: CheckpointStore

@@ -34,7 +34,7 @@ def step_metrics(
     if run.recipe.algorithm.dynamic_sampling is not None:
         metrics["dynamic_sampling/rounds"] = float(batch.rounds)
         metrics["dynamic_sampling/dropped_groups"] = float(batch.dropped_equal)
-    metrics["policy_version"] = float(run.progress.updates)
+    metrics["policy_version"] = float(batch.rollouts.policy_version)
     metrics["perf/tokens"] = float(sum(row.prompt_length + row.response_length for row in table))
     metrics.update(
         throughput_metrics(

@@ -22,7 +22,6 @@ from mmrl_core.errors import RewardError
 from mmrl_core.grpo.advantages import compute_advantages, shuffle_within_groups
 from mmrl_core.grpo.collect import SampleRow, StepBatch, collect, seed_of
 from mmrl_core.grpo.distribute import Layouts, chunk, distribute
-from mmrl_core.grpo.evaluation import evaluate
 from mmrl_core.grpo.kl import kl_estimate
 from mmrl_core.grpo.losses import build_loss
 from mmrl_core.grpo.minibatches import build_minibatch
@@ -45,9 +44,10 @@ def train(run: Run) -> str:
         learned, batch = train_step(run, step, layouts)
         run.progress.step = step
         run.progress.seconds += time.perf_counter() - started
-        if run.recipe.eval is not None and run.recipe.eval.every and step % run.recipe.eval.every == 0:
+        if run.evaluator is not None and run.evaluator.spec.every and step % run.evaluator.spec.every == 0:
             with run.timers("eval"):
-                learned["eval/score/mean"] = evaluate(run).mean
+                held_out = run.evaluator.evaluate()
+            learned |= {"eval/score/mean": held_out.mean, "eval/prompts": float(len(held_out.scores))}
         stopping = run.stop_requested()
         due = schedule.every and step % schedule.every == 0
         if stopping or due or step == total:

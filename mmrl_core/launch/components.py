@@ -6,7 +6,8 @@ import hashlib
 import json
 from typing import Any
 
-from mmrl_core.contracts import DeviceOps, Policy, PromptSource, RunContext
+from mmrl_core.contracts import DeviceOps, Policy, PromptSource, RolloutEngine, RunContext
+from mmrl_core.grpo.evaluation import Evaluator
 from mmrl_core.plugins import Selected, Selection
 from mmrl_core.recipe import ModelSpec, Recipe
 from mmrl_core.rewards.executor import RewardExecutor
@@ -37,6 +38,25 @@ def create_rewards(recipe: Recipe, selection: Selection, device: DeviceOps, loca
     """The executor, not yet started. Must be started before any communication is set up."""
     own = device.name if device.name == "cpu" else f"{device.name}:{local_rank}"
     return RewardExecutor(recipe.rewards, selection.rewards, own)
+
+
+def create_evaluator(
+    recipe: Recipe, selection: Selection, world: World, policy: Policy, engine: RolloutEngine, rewards: RewardExecutor
+) -> Evaluator | None:
+    """The recipe's held-out evaluation on these components; None without an `eval` section."""
+    if recipe.eval is None:
+        return None
+    assert selection.eval_data is not None
+    return Evaluator(
+        spec=recipe.eval,
+        seed=recipe.seed,
+        world=world,
+        policy=policy,
+        engine=engine,
+        rewards=rewards,
+        source=create_source(selection.eval_data, recipe.seed),
+        sampling=selection.eval_sampling,
+    )
 
 
 def context(recipe: Recipe, world: World, device: DeviceOps) -> RunContext:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import SimpleNamespace
-from typing import Any, cast
 
-from mmrl_core.grpo.evaluation import Evaluation, evaluate
-from mmrl_core.grpo.run import Run
+from mmrl_core.grpo.evaluation import Evaluation
 from mmrl_core.launch import components
 from mmrl_core.launch.distributed import connect, disconnect
 from mmrl_core.packaged_models import local_path
@@ -21,29 +18,20 @@ def evaluate_models(recipe: Recipe, selection: Selection, models: Sequence[str])
     The rollout engine loads each folder by itself (own weights), as any reader of a Hugging Face folder would; no
     training backend is built.
     """
-    assert selection.eval_data is not None
     device = components.create_device(selection)
     results = []
     with components.create_rewards(recipe, selection, device, 0) as rewards:
         world = connect(device)
         try:
             rewards.setup()
-            source = components.create_source(selection.eval_data, recipe.seed)
             for path in models:
                 spec = recipe.model.model_copy(update={"path": local_path(path), "lora": None})
                 policy = components.create_policy(selection, spec)
                 engine = selection.rollout.create()
                 engine.setup(components.context(recipe, world, device), policy, None)
-                run: Any = SimpleNamespace(
-                    recipe=recipe,
-                    world=world,
-                    policy=policy,
-                    engine=engine,
-                    rewards=rewards,
-                    eval_source=source,
-                    eval_sampling=selection.eval_sampling,
-                )
-                results.append(evaluate(cast(Run, run)))
+                evaluator = components.create_evaluator(recipe, selection, world, policy, engine, rewards)
+                assert evaluator is not None, "the caller checked that there is an eval section"
+                results.append(evaluator.evaluate())
                 engine.close()
         finally:
             disconnect()

@@ -46,7 +46,7 @@ def resume(run: Run) -> str:
                 "the right run_dir"
             )
         return "starting from step 1"
-    _check_same_recipe(run.recipe, checkpoint)
+    _check_same_recipe(run, checkpoint)
     run.backend.load(checkpoint.backend, optimizer=spec.load_optimizer)
     run.progress = Progress(**checkpoint.state["progress"])
     if spec.load_rng and run.world.rank < checkpoint.world_size:
@@ -57,9 +57,11 @@ def resume(run: Run) -> str:
     return f"resuming after step {checkpoint.step} from {checkpoint.path}{fresh}"
 
 
-def _check_same_recipe(recipe: Recipe, checkpoint: Checkpoint) -> None:
-    before, now = checkpoint.state["recipe"], shaping_fields(recipe)
-    changed = _differences(before, now, "")
+def _check_same_recipe(run: Run, checkpoint: Checkpoint) -> None:
+    recipe = run.recipe
+    changed = _differences(checkpoint.state["recipe"], shaping_fields(recipe), "")
+    if not changed and checkpoint.state["data_digest"] != run.source.digest():
+        changed = [("the data's content", checkpoint.state["data_digest"], run.source.digest())]
     if not changed:
         return
     lines = "\n".join(f"  {field}: {old!r} -> {new!r}" for field, old, new in changed)

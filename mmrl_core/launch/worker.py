@@ -14,7 +14,6 @@ import torch
 from mmrl_core.checkpoint.store import CheckpointStore
 from mmrl_core.contracts import TrainingSpec
 from mmrl_core.errors import BackendError, MmrlError
-from mmrl_core.grpo.evaluation import evaluate
 from mmrl_core.grpo.run import Run
 from mmrl_core.grpo.trainer import hand_over_weights, train
 from mmrl_core.launch import components
@@ -60,7 +59,6 @@ def main(recipe_path: Path) -> int:
 def build(recipe: Recipe, selection: Selection, world: World, device: Any, rewards: RewardExecutor) -> Run:
     """Check that ranks agree, then create and set up every component. Collective."""
     source = components.create_source(selection.data, recipe.seed)
-    eval_source = components.create_source(selection.eval_data, recipe.seed) if selection.eval_data else None
     preflight(
         world,
         recipe_digest=components.digest(recipe.model_dump(mode="json")),
@@ -99,8 +97,7 @@ def build(recipe: Recipe, selection: Selection, world: World, device: Any, rewar
         rewards=rewards,
         source=source,
         sampling=selection.sampling,
-        eval_source=eval_source,
-        eval_sampling=selection.eval_sampling,
+        evaluator=components.create_evaluator(recipe, selection, world, policy, engine, rewards),
         observers=RunObservers(load_plugins(), selection.writers) if world.is_main else NoObservers(),
         timers=PhaseTimers(device.synchronize),
         store=CheckpointStore(recipe.directory, world, recipe.checkpoint.keep),
@@ -155,8 +152,8 @@ def _finish(run: Run, outcome: str) -> dict[str, Any]:
         "eval": None,
     }
     if outcome == "finished":
-        if run.recipe.eval is not None and run.recipe.eval.every:
-            result = evaluate(run)
+        if run.evaluator is not None and run.evaluator.spec.every:
+            result = run.evaluator.evaluate()
             summary["eval"] = {"score": result.mean, "prompts": len(result.scores)}
         if run.recipe.checkpoint.export:
             target = run.directory / "export"

@@ -72,7 +72,7 @@ class GradientChecks(BackendStage):
         assert difference <= REFERENCE_GRADIENT_TOLERANCE, f"gradients are off by {difference:.2e} (relative L2)"
 
     def test_gradients_without_old_log_probs(self, bench: Bench) -> None:
-        """With one update per rollout the old log-probs are the current ones, detached: no extra pass, same gradient."""
+        """With one update per rollout the old log-probs are the current ones, detached: no extra pass."""
         backend, _cast = bench.default()
         minibatch = check_minibatch(bench.rollouts)
         expected = plain_gradients(bench.plain, minibatch, CheckLoss(), TEMPERATURE)

@@ -40,7 +40,7 @@ class UpdateChecks(BackendStage):
     """See BackendConformance."""
 
     def test_update_returns_metrics_and_changes_weights(self, bench: Bench) -> None:
-        """The step's metrics come from here, `grad_norm` is the L2 norm before clipping, sums are means over actions."""
+        """The step's metrics come from here; `grad_norm` is the L2 norm before clipping, sums are over all actions."""
         backend, _ = bench.fresh()
         before = collected(backend.export_weights())
         gradients = collected(backend.gradients(bench.minibatch, CheckLoss()))

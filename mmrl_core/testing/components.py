@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -89,6 +90,11 @@ class ComponentConformance:
         return Selected(found=found, options=model.model_validate(given))
 
     @classmethod
+    def make_options(cls, folder: Path) -> Mapping[str, Any]:
+        """Options that need files: write those into `folder` and return the options. By default `options`."""
+        return cls.options
+
+    @classmethod
     def require_available(cls) -> None:
         """Skip the calling test with the probe's reason when the component cannot run on this machine."""
         probe = cls.found().probe()
@@ -109,8 +115,6 @@ class ComponentConformance:
         """Recipes are checked on machines without torch, and in milliseconds: options modules may not import it."""
         component = self.found().component
         modules = [dotted for dotted in (component.options, component.sampling) if dotted is not None]
-        if not modules:
-            pytest.skip("it has no options")
         done = run_python("-c", _IMPORT_WITHOUT_TORCH, *modules)
         assert done.returncode == 0, done.stderr
         assert "torch" not in json.loads(done.stdout)
@@ -134,7 +138,7 @@ class ComponentConformance:
         """Listing components answers at once: a probe imports no torch and never raises."""
         component = self.found().component
         if component.probe is None:
-            pytest.skip("it has no probe: it is always available")
+            return  # it declares itself available everywhere; the import below then has to work
         seconds, torch_imported, answer = _probe_in_fresh_process(component.probe)
         assert not torch_imported, f"{component.probe} imported torch only to answer"
         assert seconds < PROBE_LIMIT_S, f"{component.probe} took {seconds:.2f} s; at most {PROBE_LIMIT_S} s"
@@ -150,9 +154,9 @@ class ComponentConformance:
         if found.probe().available:
             assert callable(found.load()), f"{found.component.target} is not callable"
 
-    def test_declaration_options_of_this_test_are_accepted(self) -> None:
-        """Options survive the way through the run folder's recipe.yaml: plain values, and equal when read again."""
-        selected = self.selected()
+    def test_declaration_options_survive_the_recipe(self, tmp_path: Path) -> None:
+        """Options go through the run folder's recipe.yaml: plain values, and equal when read again."""
+        selected = self.selected(self.make_options(tmp_path))
         if selected.options is not None:
             plain = selected.options.model_dump(mode="json")
             assert type(selected.options).model_validate(plain) == selected.options

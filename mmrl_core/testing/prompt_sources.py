@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any, ClassVar
+from collections.abc import Iterator
+from typing import ClassVar
 
 import pytest
 
@@ -31,11 +30,6 @@ class PromptSourceConformance(ComponentConformance):
     """Whether each epoch has its own order and the seed changes it."""
 
     @classmethod
-    def make_options(cls, folder: Path) -> Mapping[str, Any]:
-        """The options to check with; write what they need (a small data file) into `folder`."""
-        return cls.options
-
-    @classmethod
     def open(cls, selected: Selected, seed: int = 0) -> PromptSource:
         """A prepared source."""
         source: PromptSource = selected.create(seed)
@@ -54,10 +48,6 @@ class PromptSourceConformance(ComponentConformance):
     def source(cls, chosen: Selected) -> PromptSource:
         """A prepared source."""
         return cls.open(chosen)
-
-    def test_declaration_options_of_this_test_are_accepted(self) -> None:
-        """See ComponentConformance; here with the options of `make_options`."""
-        pytest.skip("checked with every other check")
 
     def test_prompts_are_well_formed(self, source: PromptSource) -> None:
         """Exactly one of a chat and a text, a question to show, an origin that error messages name, and the index."""

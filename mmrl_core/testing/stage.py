@@ -89,7 +89,7 @@ class Cast:
         return engine
 
 
-def run_ranks(module: str, arguments: list[str], ranks: int, folder: Path, timeout_s: float = 240) -> None:
+def run_ranks(module: str, arguments: list[str], ranks: int, folder: Path, timeout_s: float = 180) -> None:
     """Run `python -m module arguments...` on several ranks that meet through a file, and wait for all.
 
     Raises AssertionError with the ranks' output when one of them fails or does not end in time; then ends the others.

@@ -63,7 +63,7 @@ def text_rollouts(
     )
 
 
-# ---------------------------------------------------------------------------------------------- the independent reference
+# -------------------------------------------------------------------------------------------- the independent reference
 
 
 def plain_model(folder: str | Path) -> Any:
@@ -106,7 +106,7 @@ def stored_names(folder: Path) -> list[str]:
     return sorted(names)
 
 
-# ------------------------------------------------------------------------------------------------- losses and minibatches
+# ----------------------------------------------------------------------------------------------- losses and minibatches
 
 
 class CheckLoss:
@@ -197,7 +197,7 @@ def plain_gradients(model: Any, minibatch: Minibatch, loss: Loss, temperature: f
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-# --------------------------------------------------------------------------------------------------------------- weights
+# -------------------------------------------------------------------------------------------------------------- weights
 
 
 def collected(weights: Iterator[Bucket]) -> Weights:

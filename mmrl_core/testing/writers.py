@@ -77,7 +77,7 @@ class WriterConformance(ComponentConformance):
             manager.hook.mmrl_run_end(summary=summary)
 
     def test_hooks_are_marked_and_take_what_is_passed(self) -> None:
-        """The loop calls the lifecycle hooks by name with these arguments only; a mistyped hook would never be called."""
+        """The loop calls lifecycle hooks by name with these arguments only; a mistyped one would never be called."""
         writer = self.create()
         specs = {name for name in vars(LifecycleHooks) if name.startswith("mmrl_")}
         implemented = {name for name, _ in inspect.getmembers(writer, inspect.ismethod) if name.startswith("mmrl_")}

@@ -133,5 +133,29 @@ def test_its_own_tests_pass_against_the_wheel(clean_python: Path, package: str, 
     assert " passed" in output
 
 
-# HOOK: a whole training run. With the fixture `clean_python`: write a recipe that names `brevity` (tiny model, one
-# step) into tmp_path, run `clean_python -m mmrl_core.cli.main train recipe.yaml`, assert the metrics of the step.
+def test_training_with_it_by_name(clean_python: Path, tiny_model: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"""
+name: with-brevity
+device: cpu
+model: {{path: {tiny_model}}}
+sampling: {{max_new_tokens: 6}}
+data: {{name: arithmetic}}
+rewards:
+  - {{name: brevity, half_life_words: 2}}
+  - {{name: distinct, weight: 0.5}}
+algorithm: {{steps: 2, prompts_per_step: 2, samples_per_prompt: 4}}
+writers: [jsonl]
+""",
+        encoding="utf-8",
+    )
+    run(clean_python, "-m", "mmrl_core.cli.main", "train", recipe, cwd=tmp_path)
+    lines = (tmp_path / "runs" / "with-brevity" / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert len(rows) == 2
+    for row in rows:
+        assert row["rewards/failed_samples"] == 0
+        assert row["grpo/score/mean"] == pytest.approx(
+            row["reward/brevity/mean"] + 0.5 * row["reward/distinct/mean"], abs=1e-9
+        )
