@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import pytest
@@ -30,7 +30,7 @@ class DeviceConformance(ComponentConformance):
 
     @pytest.fixture(scope="class")
     @classmethod
-    def ops(cls) -> Iterator[DeviceOps]:
+    def ops(cls) -> DeviceOps:
         """The device, activated for local rank 0."""
         cls.require_available()
         ops = cls.create()
@@ -178,7 +178,7 @@ class DeviceConformance(ComponentConformance):
         for fused in (False, True):
             weight = torch.linspace(-1, 1, 64, device=ops.torch_device).requires_grad_()
             optimizer = torch.optim.AdamW([weight], lr=0.1, fused=fused)
-            weight.square().sum().backward()
+            weight.square().sum().backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             results.append(weight.detach())
         torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -67,7 +67,7 @@ class PolicyConformance(ComponentConformance):
 
     @pytest.fixture(scope="class")
     @classmethod
-    def easel(cls, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Easel]:
+    def easel(cls, tmp_path_factory: pytest.TempPathFactory) -> Easel:
         """The policy on the tiny model."""
         cls.require_available()
         folder = tiny_language_model(

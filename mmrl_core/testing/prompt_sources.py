@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import ClassVar
 
 import pytest
@@ -38,7 +37,7 @@ class PromptSourceConformance(ComponentConformance):
 
     @pytest.fixture(scope="class")
     @classmethod
-    def chosen(cls, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Selected]:
+    def chosen(cls, tmp_path_factory: pytest.TempPathFactory) -> Selected:
         """The component with its options, where it is available."""
         cls.require_available()
         return cls.selected(cls.make_options(tmp_path_factory.mktemp("conformance")))
