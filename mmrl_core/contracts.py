@@ -495,7 +495,7 @@ class TrainingBackend(ABC):
     def update(self, minibatch: Minibatch, loss: Loss) -> dict[str, float]:
         """One optimizer step on the *sum* of the loss over micro-batches and replicas (never an average).
 
-        Returns metrics that are the same on every rank: the loss's, `grad_norm` (before clipping), `actor/lr` and
+        Returns metrics as floats, the same on every rank: the loss's sums and maxima by name, `loss`, `grad_norm` (before clipping), `actor/lr` and
         `actor/skipped_updates` (1.0 when a non-finite gradient made all ranks skip the step together)."""
 
     @abstractmethod
@@ -517,7 +517,7 @@ class TrainingBackend(ABC):
 
     @abstractmethod
     def load(self, directory: Path, *, optimizer: bool) -> None:
-        """Restore what `save` wrote."""
+        """Restore what `save` wrote. Raises BackendError when asked for an optimizer that was not saved."""
 
     @abstractmethod
     def offload(self) -> None:
@@ -555,7 +555,8 @@ class RolloutEngine(ABC):
 
     @abstractmethod
     def generate(self, requests: Sequence[GenerationRequest], sampling: Any) -> Rollouts:
-        """Sample every request's group, in the order of the requests. Collective over the engine replica."""
+        """Sample every request's group, in the order of the requests, which may be none. Collective over the engine
+        replica."""
 
     @abstractmethod
     def update_weights(self, weights: Iterator[Bucket] | None, version: int) -> None:
