@@ -495,8 +495,9 @@ class TrainingBackend(ABC):
     def update(self, minibatch: Minibatch, loss: Loss) -> dict[str, float]:
         """One optimizer step on the *sum* of the loss over micro-batches and replicas (never an average).
 
-        Returns metrics as floats, the same on every rank: the loss's sums and maxima by name, `loss`, `grad_norm` (before clipping), `actor/lr` and
-        `actor/skipped_updates` (1.0 when a non-finite gradient made all ranks skip the step together)."""
+        Returns metrics as floats, the same on every rank: the loss's sums and maxima by name, `loss`, `grad_norm`
+        (before clipping), `actor/lr` and `actor/skipped_updates` (1.0 when a non-finite gradient made all ranks skip
+        the step together)."""
 
     @abstractmethod
     def gradients(self, minibatch: Minibatch, loss: Loss) -> Iterator[Bucket]:
