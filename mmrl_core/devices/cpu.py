@@ -45,7 +45,7 @@ class CpuDevice(DeviceOps):
     @property
     def process_group_backend(self) -> str:
         """gloo."""
-        return "cpu:gloo"
+        return "gloo"
 
     def device_count(self) -> int:
         """Cores this process may run on. More ranks than that work, but take turns."""
