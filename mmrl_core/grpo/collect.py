@@ -66,6 +66,16 @@ class StepBatch:
     facts: dict[str, float] = field(default_factory=dict)
     """`failures`, `timeouts`, `restarts` of rewards in this step, summed over replicas."""
 
+    def actions_of(self, groups: Sequence[int]) -> int:
+        """Actions of these groups that are trained on; the same on every rank."""
+        chosen = set(groups)
+        return sum(row.actions for row in self.kept if row.group_id in chosen)
+
+    @property
+    def learnable(self) -> bool:
+        """Whether anything is trained on at all."""
+        return any(row.actions for row in self.kept)
+
     @property
     def group_ids(self) -> list[int]:
         """Kept groups in order."""

@@ -48,13 +48,14 @@ def train(run: Run) -> str:
             with run.timers("eval"):
                 held_out = run.evaluator.evaluate()
             learned |= {"eval/score/mean": held_out.mean, "eval/prompts": float(len(held_out.scores))}
+        metrics = step_metrics(run, batch, learned, run.timers.collect())
+        # before the checkpoint: a resumed run cuts rows after its step, but cannot bring back one that is missing
+        run.observers.step_end(step, metrics, batch.samples)
         stopping = run.stop_requested()
         due = schedule.every and step % schedule.every == 0
         if stopping or due or step == total:
             with run.timers("checkpoint"):
                 save(run)
-        metrics = step_metrics(run, batch, learned, run.timers.collect())
-        run.observers.step_end(step, metrics, batch.samples)
         if stopping and step < total:
             log.warning("told to stop: saved step %d and leaving", step)
             return "stopped"
@@ -69,7 +70,7 @@ def train_step(run: Run, step: int, layouts: Layouts) -> tuple[dict[str, float],
         with run.timers("resharding_to_train"):
             run.engine.sleep()
             run.backend.onload()
-        learned = learn(run, batch, step, layouts) if batch.kept else nothing_to_learn(run, batch)
+        learned = learn(run, batch, step, layouts) if batch.learnable else nothing_to_learn(run, batch)
         with run.timers("resharding_to_infer"):
             hand_over_weights(run)
     scores = [row.score for row in batch.table if row.score is not None]
@@ -92,7 +93,7 @@ def learn(run: Run, batch: StepBatch, step: int, layouts: Layouts) -> dict[str, 
         old = None  # the current log-probs, detached: the same numbers without a pass
     loss = build_loss(algorithm)
     totals: dict[str, float] = {}
-    minibatches = chunk(batch.group_ids, algorithm.minibatches)
+    minibatches = [groups for groups in chunk(batch.group_ids, algorithm.minibatches) if batch.actions_of(groups)]
     with run.timers("update"):
         for _ in range(algorithm.epochs):
             for groups in minibatches:

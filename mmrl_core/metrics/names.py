@@ -67,7 +67,7 @@ TIMING = (
     ),
     Metric("timing/weights", "s", "Handing new weights to the rollout engine."),
     Metric("timing/data", "s", "Fetching and encoding prompts."),
-    Metric("timing/checkpoint", "s", "Writing a checkpoint."),
+    Metric("timing/checkpoint", "s", "Writing the checkpoint after the step before this one."),
     Metric("timing/eval", "s", "Held-out evaluation."),
 )
 """Wall seconds by phase, as rank 0 sees them, the device synchronised at both ends. All are there every step."""

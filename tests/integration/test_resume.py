@@ -99,6 +99,20 @@ def test_killed_at_a_random_moment(undisturbed, seed: int) -> None:
     assert_same(undisturbed, run)
 
 
+def test_killed_between_the_metrics_and_the_checkpoint(undisturbed, install) -> None:
+    """A watcher kills the run right after step 3's row is written and before its checkpoint is."""
+    source = (
+        "import os, signal\nfrom mmrl_core import hookimpl\nmmrl_api = 1\n"
+        "@hookimpl\ndef mmrl_step_end(step):\n    if step == 3:\n        os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = undisturbed.train("watched", *OPTIONS, check=False, **install("assassin", source))
+    assert done.status == -signal.SIGKILL
+    assert len(undisturbed.metrics("watched")) == 3
+    resumed = undisturbed.train("watched", *OPTIONS)
+    assert "resuming after step 2" in resumed.out
+    assert_same(undisturbed, "watched")
+
+
 def test_two_ranks_killed_and_resumed(shared_workshop) -> None:
     ranks = ["launcher={name: local, processes: 2}"]
     shared_workshop.train("pair", *OPTIONS, *ranks)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from mmrl_core.metrics.names import COLOCATED_SUM, is_volatile
+from mmrl_core.metrics.names import COLOCATED_SUM, is_volatile, reproducible
 from mmrl_core.recipe import load_recipe
 
 SEEDS_NAMES = [
@@ -132,10 +134,34 @@ def test_two_ranks_learn_what_one_learns(finished) -> None:
         assert torch.allclose(tensor, other[name], rtol=1e-4, atol=1e-5), name
 
 
+def test_torchrun_is_the_local_launcher_bit_for_bit(shared_workshop) -> None:
+    options = ["algorithm.steps=2", "algorithm.minibatches=2"]
+    shared_workshop.train("local2", *options, "launcher={name: local, processes: 2}")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, "-m", "mmrl_core.cli.main", "train", str(shared_workshop.recipe), "run_dir=torchrun2", *options],
+        cwd=shared_workshop.folder,
+        env=shared_workshop.environment(),
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    a, b = shared_workshop.metrics("local2"), shared_workshop.metrics("torchrun2")
+    assert [reproducible(row) for row in a] == [reproducible(row) for row in b]
+    one, two = shared_workshop.weights("local2"), shared_workshop.weights("torchrun2")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["algorithm.advantage.name=dr_grpo", "algorithm.loss.aggregation=seq-mean-token-sum-norm"],
+        [
+            "algorithm.advantage.name=dr_grpo",
+            "algorithm.loss.aggregation=seq-mean-token-sum-norm",
+            "deterministic=true",
+        ],
         ["algorithm.advantage.name=rloo", "algorithm.kl={coef: 0.1, where: reward, estimator: k1}"],
         ["algorithm.advantage.name=global_std", "algorithm.kl={coef: 0.1}", "algorithm.minibatches=3"],
         ["algorithm.loss.name=gspo", "algorithm.epochs=2", "algorithm.loss.clip_low=3e-4"],
