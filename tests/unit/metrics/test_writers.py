@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,7 @@ def test_tensorboard_scalars_and_texts(recipe: Recipe, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     play(TensorboardWriter(TensorboardOptions(samples_every=2)), recipe, tmp_path, 1, 4, end=False)
+    time.sleep(1.1)  # event files are read in the order of the seconds in their names, as two sessions have them
     play(TensorboardWriter(TensorboardOptions(samples_every=2)), recipe, tmp_path, 3, 5)
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
