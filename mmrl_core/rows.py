@@ -76,6 +76,11 @@ def select_record(record: Record, rows: Tensor | list[int]) -> Record:
     return {name: [values[row] for row in index] for name, values in record.items()}
 
 
+def stack_rows(values: Sequence[Tensor], width: int) -> Tensor:
+    """[b, width] from b tensors of at most `width` actions each, with 0 on the right."""
+    return torch.stack([pad(row, (0, width - row.shape[0])) for row in values])
+
+
 def _row_numbers(rows: Tensor | list[int], count: int) -> list[int]:
     """As a list, checked: a bool mask or a negative number here would be a mistake that indexing forgives."""
     if isinstance(rows, Tensor):

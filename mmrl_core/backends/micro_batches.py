@@ -11,10 +11,9 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from mmrl_core.contracts import ActionStats, Loss, LossBatch, LossOutput, Minibatch, Rollouts
-from mmrl_core.rows import select_record, select_rows
+from mmrl_core.rows import select_record, select_rows, stack_rows
 from mmrl_core.world import World
 
 
@@ -134,9 +133,8 @@ def loss_batch(minibatch: Minibatch, actions: slice, device: torch.device) -> Lo
     """What the loss reads for a slice of actions, on the device."""
     reference = None
     if minibatch.reference is not None and "log_probs" in minibatch.reference:
-        width = minibatch.weight.shape[1]
-        rows = [pad(row, (0, width - row.shape[0])) for row in minibatch.reference["log_probs"]]
-        reference = torch.stack(rows)[:, actions].to(device)
+        recorded = stack_rows(minibatch.reference["log_probs"], minibatch.weight.shape[1])
+        reference = recorded[:, actions].to(device)
     old = minibatch.old_log_probs
     return LossBatch(
         advantages=minibatch.advantages.to(device),

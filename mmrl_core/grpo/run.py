@@ -13,7 +13,7 @@ from mmrl_core.world import World
 
 if TYPE_CHECKING:
     from mmrl_core.checkpoint.store import CheckpointStore
-    from mmrl_core.grpo.evaluation import Evaluator
+    from mmrl_core.grpo.evaluation import Evaluation, Evaluator
     from mmrl_core.metrics.timers import PhaseTimers
     from mmrl_core.rewards.executor import RewardExecutor
 
@@ -64,9 +64,11 @@ class Run:
     store: CheckpointStore
     stop_requested: Callable[[], bool]
     """Collective: whether any rank was told to stop."""
-    save_extra: Callable[[], Mapping[str, Any]]
-    """Facts about the run that every checkpoint carries (recipe, data digest)."""
+    facts: Mapping[str, Any]
+    """What every checkpoint carries, and a resumed run must share: `recipe` (what shapes the result), `data_digest`."""
     progress: Progress = field(default_factory=Progress)
+    held_out: tuple[int, Evaluation] | None = None
+    """The last evaluation in training, and its step."""
     reward_counters: dict[str, int] = field(default_factory=dict)
     """The executor's counters at the end of the last step."""
 

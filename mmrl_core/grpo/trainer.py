@@ -27,6 +27,7 @@ from mmrl_core.grpo.losses import build_loss
 from mmrl_core.grpo.minibatches import build_minibatch
 from mmrl_core.grpo.run import Run
 from mmrl_core.grpo.step_metrics import step_metrics
+from mmrl_core.rows import stack_rows
 
 log = logging.getLogger("mmrl.train")
 
@@ -47,6 +48,7 @@ def train(run: Run) -> str:
         if run.evaluator is not None and run.evaluator.spec.every and step % run.evaluator.spec.every == 0:
             with run.timers("eval"):
                 held_out = run.evaluator.evaluate()
+            run.held_out = (step, held_out)
             learned |= {"eval/score/mean": held_out.mean, "eval/prompts": float(len(held_out.scores))}
         metrics = step_metrics(run, batch, learned, run.timers.collect())
         # before the checkpoint: a resumed run cuts rows after its step, but cannot bring back one that is missing
@@ -150,8 +152,7 @@ def shaped_rewards(
     assert reference is not None
     if "log_probs" not in reference:
         raise RewardError("algorithm.kl.where: reward needs a policy whose reference record has log_probs; use loss")
-    width = rollouts.mask.shape[1]
-    frozen = torch.stack([torch.nn.functional.pad(r, (0, width - len(r))) for r in reference["log_probs"]])
+    frozen = stack_rows(reference["log_probs"], rollouts.mask.shape[1])
     per_sample = (kl_estimate(old, frozen, kl.estimator) * rollouts.mask).sum(-1).tolist()
     local = dict(zip(rollouts.sample_id.tolist(), per_sample, strict=True)) if run.backend.replica.is_root else {}
     penalties = {sample: value for part in run.world.gather(local) for sample, value in part.items()}
@@ -196,7 +197,7 @@ def hand_over_weights(run: Run) -> None:
 def save(run: Run) -> None:
     """Write a checkpoint of the current step. Collective."""
     spec = run.recipe.checkpoint
-    state: dict[str, Any] = {"progress": asdict(run.progress), **run.save_extra()}
+    state: dict[str, Any] = {"progress": asdict(run.progress), **run.facts}
     run.store.save(
         run.progress.step,
         lambda directory: run.backend.save(directory, optimizer=spec.save_optimizer),

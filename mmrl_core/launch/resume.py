@@ -59,9 +59,9 @@ def resume(run: Run) -> str:
 
 def _check_same_recipe(run: Run, checkpoint: Checkpoint) -> None:
     recipe = run.recipe
-    changed = _differences(checkpoint.state["recipe"], shaping_fields(recipe), "")
-    if not changed and checkpoint.state["data_digest"] != run.source.digest():
-        changed = [("the data's content", checkpoint.state["data_digest"], run.source.digest())]
+    changed = _differences(checkpoint.state["recipe"], run.facts["recipe"], "")
+    if not changed and checkpoint.state["data_digest"] != run.facts["data_digest"]:
+        changed = [("the data's content", checkpoint.state["data_digest"], run.facts["data_digest"])]
     if not changed:
         return
     lines = "\n".join(f"  {field}: {old!r} -> {new!r}" for field, old, new in changed)

@@ -59,11 +59,12 @@ def main(recipe_path: Path) -> int:
 def build(recipe: Recipe, selection: Selection, world: World, device: Any, rewards: RewardExecutor) -> Run:
     """Check that ranks agree, then create and set up every component. Collective."""
     source = components.create_source(selection.data, recipe.seed)
+    data_digest = source.digest()
     preflight(
         world,
         recipe_digest=components.digest(recipe.model_dump(mode="json")),
         plugins_digest=selection.digest(),
-        data_digest=source.digest(),
+        data_digest=data_digest,
         versions=installed_versions(),
         rewards=recipe.rewards,
     )
@@ -86,7 +87,6 @@ def build(recipe: Recipe, selection: Selection, world: World, device: Any, rewar
     rewards.setup()
     if not engine.replica.is_root:
         rewards.close()
-    facts = {"recipe": shaping_fields(recipe), "data_digest": source.digest()}
     return Run(
         recipe=recipe,
         world=world,
@@ -102,7 +102,7 @@ def build(recipe: Recipe, selection: Selection, world: World, device: Any, rewar
         timers=PhaseTimers(device.synchronize),
         store=CheckpointStore(recipe.directory, world, recipe.checkpoint.keep),
         stop_requested=lambda: False,
-        save_extra=lambda: facts,
+        facts={"recipe": shaping_fields(recipe), "data_digest": data_digest},
     )
 
 
@@ -153,7 +153,9 @@ def _finish(run: Run, outcome: str) -> dict[str, Any]:
     }
     if outcome == "finished":
         if run.evaluator is not None and run.evaluator.spec.every:
-            result = run.evaluator.evaluate()
+            step, result = run.held_out or (0, None)
+            if result is None or step != run.progress.step:
+                result = run.evaluator.evaluate()
             summary["eval"] = {"score": result.mean, "prompts": len(result.scores)}
         if run.recipe.checkpoint.export:
             target = run.directory / "export"

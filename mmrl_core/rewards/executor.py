@@ -12,14 +12,12 @@ from types import TracebackType
 from mmrl_core.contracts import RewardResult, Sample
 from mmrl_core.errors import RewardError
 from mmrl_core.plugins import Selected
-from mmrl_core.recipe import RewardChoice
+from mmrl_core.recipe import DEFAULT_DEADLINE_S, RewardChoice
 from mmrl_core.rewards.checks import BatchFailedError
 from mmrl_core.rewards.runners import InlineRunner, Runner, WorkerRunner
 
 log = logging.getLogger("mmrl.rewards")
 
-DEADLINE_S = 60.0
-"""Seconds a batch may take in a worker when the recipe does not say."""
 SETUP_LIMIT_S = 600.0
 """Seconds a worker may take from its start until its reward is set up. Not part of a batch's deadline."""
 
@@ -65,7 +63,7 @@ class RewardExecutor:
             if choice.run == "inline":
                 self._runners.append(InlineRunner(choice.name, one, place))
             else:
-                deadline = DEADLINE_S if choice.deadline_s is None else choice.deadline_s
+                deadline = DEFAULT_DEADLINE_S if choice.deadline_s is None else choice.deadline_s
                 self._runners.append(
                     WorkerRunner(choice.name, one, place, deadline_s=deadline, setup_limit_s=setup_limit_s)
                 )

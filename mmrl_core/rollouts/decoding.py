@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
 from mmrl_core.text.model_folder import head
+from mmrl_core.text.prefix_cache import PromptRecorder
 from mmrl_core.text.token_batches import left_pad
 
 COMPACT_BELOW = 0.75
@@ -49,14 +50,6 @@ class _Slab(DynamicLayer):  # type: ignore[misc]
         self.key_slab, self.value_slab = self.key_slab[rows], self.value_slab[rows]
 
 
-class _PromptLayer(DynamicLayer):  # type: ignore[misc]
-    """Keeps a prompt's keys and values as they come."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        self.recorded = (key_states, value_states)
-        return key_states, value_states
-
-
 def decode_tokens(
     model: Any,
     prompts: Sequence[Tensor],
@@ -78,19 +71,19 @@ def decode_tokens(
     limit = sampling.max_new_tokens
     ids, prompt_mask = left_pad(prompts, pad_id)
     row_prompt = torch.repeat_interleave(torch.arange(len(prompts)), torch.tensor(group_sizes)).to(device)
-    recorders = [_PromptLayer() for _ in decoder.layers]
+    recorder = PromptRecorder(len(decoder.layers))
     positions = (prompt_mask.cumsum(-1) - 1).clamp_min(0)
     hidden = decoder(
         input_ids=ids.to(device),
         attention_mask=prompt_mask.to(device),
         position_ids=positions.to(device),
-        past_key_values=Cache(layers=recorders),
+        past_key_values=recorder,
         use_cache=True,
     ).last_hidden_state[:, -1]
     logits = to_logits(hidden)[row_prompt]
-    slabs = [_Slab(ids.shape[1] + limit) for _ in recorders]
-    for slab, recorder in zip(slabs, recorders, strict=True):
-        slab.fill(*(t[row_prompt] for t in recorder.recorded))
+    slabs = [_Slab(ids.shape[1] + limit) for _ in recorder.layers]
+    for slab, layer in zip(slabs, recorder.layers, strict=True):
+        slab.fill(*(t[row_prompt] for t in layer.recorded))
     cache = Cache(layers=slabs)
     rows = len(seeds)
     padded = bool((prompt_mask == 0).any())
