@@ -7,12 +7,13 @@ BIN := $(VENV)/bin
 #   make quickstart TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PLUGINS := $(wildcard plugins/*/pyproject.toml)
 TORCH_FROM := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX),)
 
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help quickstart test test-fast lint types docs perf clean
+.PHONY: help quickstart quickstart-image test test-fast lint types docs perf clean
 
 help: ## Show what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -24,17 +25,23 @@ $(BIN)/python:
 # torch first and pinned: an unconstrained resolver may choose another build
 $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) $(TORCH_FROM) $$(grep '^torch==' constraints.txt)
-	$(PIP) -c constraints.txt -e '.[lora,gguf]'
+	$(PIP) -c constraints.txt -e '.[lora,gguf,diffusion,video,digits]'
 	@touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed
+# plugins last: they need mmrl-core, which no index may be asked for
+$(VENV)/.installed-dev: $(VENV)/.installed $(PLUGINS)
 	$(PIP) -c constraints.txt -e '.[test,docs]'
+	$(if $(PLUGINS),$(PIP) -c constraints.txt $(patsubst %/pyproject.toml,-e %,$(PLUGINS)))
 	@touch $@
 
 quickstart: $(VENV)/.installed ## Train SmolLM2-135M on arithmetic, evaluate it before and after, show the result
 	$(BIN)/mmrl train recipes/quickstart.yaml
 	$(BIN)/mmrl eval recipes/quickstart.yaml --output runs/quickstart/eval.json
 	@echo "picture: runs/quickstart/progress.png    metrics: runs/quickstart/metrics.jsonl    log: runs/quickstart/run.log"
+
+quickstart-image: $(VENV)/.installed ## Teach a small diffusion model to draw the digit that it is asked for, show the pictures
+	$(BIN)/mmrl train recipes/quickstart_image.yaml
+	@echo "grids: runs/quickstart_image/images/    picture: runs/quickstart_image/progress.png    metrics: runs/quickstart_image/metrics.jsonl"
 
 test: export HF_HUB_OFFLINE := 1
 test: lint types docs ## Everything that must hold: style, types, docs, all tests

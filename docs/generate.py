@@ -222,7 +222,12 @@ def components_page() -> str:
                 if dotted is None:
                     continue
                 model = import_string(dotted, found.name)
-                text += f"\n**{what}** (`{dotted}`). {prose(model.__doc__)}\n\n{fields_table(model, '')}"
+                path = f"{kind}-{found.name}-{what.lower()}"
+                text += f"\n**{what}** (`{dotted}`). {prose(model.__doc__)}\n\n{fields_table(model, path)}"
+                for section, inner in list(recipe_sections(model, path))[1:]:
+                    name = section.removeprefix(f"{path}.")
+                    text += f"\n#### `{name}` {{#{anchor(section)}}}\n\n{prose(inner.__doc__)}\n\n"
+                    text += fields_table(inner, section)
                 defaults = getattr(model, "evaluation_defaults", None)
                 if defaults:
                     text += f"\nIn evaluation, unless `eval.sampling` says otherwise: `{json.dumps(defaults)}`.\n"

@@ -55,6 +55,13 @@ def mmrl_policies() -> Sequence[Component]:
             options="mmrl_core.policies.options:CausalLmOptions",
             sampling="mmrl_core.policies.options:TokenSampling",
         ),
+        Component(
+            name="flow",
+            summary="Image and video models trained by flow matching (FLUX.1, SD3, Wan); an action is a denoising step",
+            target="mmrl_core.policies.flow.policy:FlowPolicy",
+            options="mmrl_core.policies.flow.options:FlowOptions",
+            sampling="mmrl_core.policies.flow.options:FlowSampling",
+        ),
     ]
 
 
@@ -81,6 +88,12 @@ def mmrl_rollout_engines() -> Sequence[Component]:
             target="mmrl_core.rollouts.hf:HfEngine",
             options="mmrl_core.rollouts.options:HfOptions",
         ),
+        Component(
+            name="flow",
+            summary="Denoising with the policy's network, sharing the training weights or with its own",
+            target="mmrl_core.rollouts.flow:FlowEngine",
+            options="mmrl_core.rollouts.options:FlowEngineOptions",
+        ),
     ]
 
 
@@ -89,7 +102,7 @@ def mmrl_rollout_engines() -> Sequence[Component]:
 
 @hookimpl
 def mmrl_rewards() -> Sequence[Component]:
-    """Rewards for text."""
+    """Rewards for text, and for images and videos."""
     return [
         Component(
             name="math",
@@ -128,6 +141,38 @@ def mmrl_rewards() -> Sequence[Component]:
             options="mmrl_core.rewards.options:ReasoningGymRewardOptions",
             probe="mmrl_core.data.probes:reasoning_gym",
         ),
+        Component(
+            name="jpeg_compressibility",
+            summary="How small, or how large, the image is as a JPEG file",
+            target="mmrl_core.rewards.image:jpeg_compressibility",
+            options="mmrl_core.rewards.options:JpegCompressibilityOptions",
+        ),
+        Component(
+            name="brightness",
+            summary="Mean luma of the image",
+            target="mmrl_core.rewards.image:brightness",
+            options="mmrl_core.rewards.options:BrightnessOptions",
+        ),
+        Component(
+            name="sharpness",
+            summary="Variance of the Laplacian of the image's luma",
+            target="mmrl_core.rewards.image:sharpness",
+            options="mmrl_core.rewards.options:SharpnessOptions",
+        ),
+        Component(
+            name="digits",
+            summary="How surely a small classifier sees the prompted digit in an 8 x 8 image",
+            target="mmrl_core.rewards.digits:DigitsReward",
+            options="mmrl_core.rewards.options:DigitsRewardOptions",
+            probe="mmrl_core.digits.probes:scikit_learn",
+        ),
+        Component(
+            name="digits_judge",
+            summary="Whether a second, independent classifier sees the prompted digit",
+            target="mmrl_core.rewards.digits:DigitsJudge",
+            options="mmrl_core.rewards.options:DigitsJudgeOptions",
+            probe="mmrl_core.digits.probes:scikit_learn",
+        ),
     ]
 
 
@@ -140,6 +185,18 @@ def mmrl_prompt_sources() -> Sequence[Component]:
             summary="Procedural sums, differences and products",
             target="mmrl_core.data.arithmetic:ArithmeticSource",
             options="mmrl_core.data.options:ArithmeticOptions",
+        ),
+        Component(
+            name="digits",
+            summary="The ten digits by name, for models that draw them",
+            target="mmrl_core.data.digits:DigitsSource",
+            options="mmrl_core.data.options:DigitsOptions",
+        ),
+        Component(
+            name="embedded_captions",
+            summary="Prompts with text embeddings computed before, for images and video",
+            target="mmrl_core.data.captions:EmbeddedCaptionsSource",
+            options="mmrl_core.data.options:EmbeddedCaptionsOptions",
         ),
         Component(
             name="jsonl",
@@ -181,6 +238,18 @@ def mmrl_writers() -> Sequence[Component]:
             summary="One JSON object a step",
             target="mmrl_core.metrics.jsonl:JsonlWriter",
             options="mmrl_core.metrics.options:JsonlOptions",
+        ),
+        Component(
+            name="images",
+            summary="Contact sheets of images and videos, before, during and after training",
+            target="mmrl_core.metrics.images:ImagesWriter",
+            options="mmrl_core.metrics.options:ImagesOptions",
+        ),
+        Component(
+            name="reward_history",
+            summary="The mean reward of every step, one number a line",
+            target="mmrl_core.metrics.reward_history:RewardHistoryWriter",
+            options="mmrl_core.metrics.options:RewardHistoryOptions",
         ),
         Component(
             name="tensorboard",

@@ -1,7 +1,7 @@
 """The contracts between the GRPO core and its components, and the types that pass between them.
 
 Shapes: B samples (rows) of one replica, T actions. An *action* is one stochastic choice: a token, or one denoising
-step. Rows of a group (the G samples of one prompt) are adjacent and never split. `Rollouts` live in host memory;
+step. Rows of a group (the G samples of one prompt) are adjacent and on one replica. `Rollouts` live in host memory;
 policies move what they need to the device inside `replay`.
 
 This module imports no torch at run time, so that reward packages can import it anywhere.
@@ -105,6 +105,8 @@ class GenerationRequest:
     """Global ids of the samples to draw; the group size is their number."""
     seeds: tuple[int, ...]
     """One seed a sample, derived from (run seed, step, sample id): independent of ranks and batching."""
+    group_seed: int
+    """For what the samples of the group share, derived from (run seed, step, group id)."""
 
 
 @dataclass(kw_only=True)
@@ -143,6 +145,8 @@ class ActionStats:
     kl: Tensor | None = None
     """[b, t]: divergence from the reference record, when the policy owns its form (Gaussians). Tokens leave it None:
     the loss estimates it from log-probs."""
+    weight: Tensor | None = None
+    """[b, t], without gradient: a factor on each action's policy-gradient term that the policy asks for; None: 1."""
 
 
 @dataclass(kw_only=True)
@@ -372,7 +376,8 @@ class Policy(ABC):
 
     @abstractmethod
     def load(self, dtype: torch.dtype, *, adapters: bool = True) -> nn.Module:
-        """Build the network with its weights (and, with `model.lora` and `adapters`, its adapters), on the CPU.
+        """Build the network with its weights (those of `model.init_from`, when it is set, in place of the folder's;
+        with `model.lora` and `adapters` its adapters too), on the CPU.
 
         The module's `forward(function, *args)` must run `function(network, *args)`, so that sharding backends see
         every use as one forward of the root.
@@ -443,9 +448,10 @@ class Policy(ABC):
     def save_weights(self, directory: Path, weights: Iterable[Bucket]) -> None:
         """Write an ordinary Hugging Face folder (safetensors, config, tokenizer) from a full stream of weights."""
 
-    @abstractmethod
-    def lengths(self, rollouts: Rollouts) -> tuple[list[int], list[int]]:
-        """(prompt lengths, response lengths), one a row, for the metrics."""
+    def lengths(self, rollouts: Rollouts) -> tuple[list[int], list[int]] | None:
+        """(prompt lengths, response lengths) in tokens, one a row, for the metrics; None: the policy has no tokens, on
+        any rank and for any rows."""
+        return None
 
     def flops(self, rollouts: Rollouts) -> float | None:
         """Floating-point operations of one forward over these rows that the model really needs (a group's prompt
@@ -465,6 +471,37 @@ class TokenPolicy(Policy):
     """Token ids that end a response, after `prepare`."""
     pad_id: int
     """The token id that fills padding, after `prepare`."""
+
+
+class DenoisingPolicy(Policy):
+    """A policy whose actions are denoising steps; engines for images and video rely on what is here.
+
+    What `encode` returns are a prompt's conditions. The payload of a row holds them, and whatever replay needs of the
+    trajectory; until `decode` has run it also holds `final`, the denoised latents.
+    """
+
+    @abstractmethod
+    def text_encoders(self, device: torch.device) -> AbstractContextManager[None]:
+        """Within the block `encode` computes on `device`; afterwards the encoders are back on the host."""
+
+    @abstractmethod
+    def decoder(self, device: torch.device, *, tiling: bool) -> AbstractContextManager[None]:
+        """Within the block `decode` computes on `device`, image by image in tiles when asked for; afterwards the
+        decoder is back on the host."""
+
+    @abstractmethod
+    def trajectories(
+        self,
+        module: nn.Module,
+        requests: Sequence[GenerationRequest],
+        conditions: Sequence[Mapping[str, Tensor]],
+        sampling: Any,
+        device: torch.device,
+    ) -> Rollouts:
+        """Sample every request's group in one batch with the network `module`, which is on `device`.
+
+        Returns Rollouts without samples and of policy version 0. A row depends on its own seeds and conditions only.
+        """
 
 
 class TrainingBackend(ABC):

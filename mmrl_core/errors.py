@@ -35,7 +35,7 @@ class RewardError(MmrlError):
 
 
 class RolloutError(MmrlError):
-    """A rollout engine cannot do what the recipe asks."""
+    """A rollout engine cannot do what the recipe asks, or a folder holds other rollouts than those asked for."""
 
 
 class BackendError(MmrlError):
@@ -56,6 +56,10 @@ class PreflightError(MmrlError):
 
 class ObserverError(MmrlError):
     """A metric writer that the recipe names failed while observing the run."""
+
+
+class MediaError(MmrlError):
+    """An image or a video cannot be read, written or shown, or the package that this needs is missing."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

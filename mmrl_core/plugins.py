@@ -287,7 +287,7 @@ def resolve(recipe: Recipe, source: RecipeSource, plugins: Plugins | None = None
 
     def select(kind: str, choice: Choice, at: Location) -> Selected | None:
         try:
-            word = _automatic(kind, choice.name, plugins)
+            word = automatic_word(kind, choice.name, plugins)
             found = plugins.get(kind, word)
             return Selected(found=found, options=found.validate(source, choice.options, at))
         except PluginError as error:
@@ -324,17 +324,13 @@ def resolve(recipe: Recipe, source: RecipeSource, plugins: Plugins | None = None
         defaults = policy.found.evaluation_sampling() if policy else {}
         merged = {**recipe.sampling, **defaults, **recipe.eval.sampling}
         chosen["eval_sampling"] = sampling(policy, merged, ("eval", "sampling"))
-    names = [c.name for c in recipe.rewards]
-    for i, name in enumerate(names):
-        if name in names[:i]:
-            problems.append(str(source.error(("rewards", i), f"reward {name!r} is listed twice; add up its weights")))
     if problems:
         raise RecipeError("\n".join(problems))
     return Selection(**chosen)
 
 
-def _automatic(kind: str, word: str, plugins: Plugins) -> str:
-    """The component that `auto` stands for."""
+def automatic_word(kind: str, word: str, plugins: Plugins) -> str:
+    """The component that `auto` stands for here; any other word as it is."""
     if word != "auto":
         return word
     if kind == "launcher":

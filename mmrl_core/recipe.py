@@ -92,8 +92,12 @@ class Choice(Spec):
 class RewardChoice(Choice):
     """A reward by name, and how it is run and combined."""
 
+    label: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]*$")] | None = None
+    """Its name in metrics, the component's name when not set. Names one reward only: a component that is used twice
+    needs a label."""
     weight: float = 1.0
-    """Factor in the weighted sum that becomes the sample's reward."""
+    """Factor in the weighted sum that becomes the sample's score. With 0 it is computed and shown only; a failure is
+    still dealt with as `on_failure` says."""
     run: Literal["worker", "inline"] = "worker"
     """`worker`: in a process of its own that is killed at the deadline. `inline`: in the training process; no
     deadline can be enforced and none is accepted."""
@@ -113,6 +117,11 @@ class RewardChoice(Choice):
         if self.run == "inline" and self.deadline_s is not None:
             raise ValueError("run: inline cannot enforce deadline_s; remove it or use run: worker")
         return self
+
+    @property
+    def shown_name(self) -> str:
+        """What it is called in metrics, messages and files: the label, else the component's name."""
+        return self.label or self.name
 
 
 class LoraSpec(Spec):
@@ -135,6 +144,8 @@ class ModelSpec(Spec):
     """A local Hugging Face folder, a hub id, or `mmrl:NAME` for a model that mmrl fetches from a package."""
     policy: Choice = Choice(name="causal_lm")
     """The model family."""
+    init_from: str | None = None
+    """A folder written by torch.distributed.checkpoint whose weights replace those of `path`, or null."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of forward and backward. The optimizer always keeps fp32 master weights."""
     lora: LoraSpec | None = None
@@ -178,6 +189,9 @@ class AdvantageSpec(Spec):
     """Added to the standard deviation."""
     clamp: Annotated[float, Field(gt=0)] | None = None
     """Largest absolute advantage, or null."""
+    combine: Literal["rewards", "advantages"] = "rewards"
+    """Several rewards. rewards: the advantage of their weighted sum; advantages: the weighted sum of each reward's own
+    advantage, so that one of large spread does not drown another (clamp applies to the sum)."""
 
 
 class LossSpec(Spec):
@@ -238,7 +252,10 @@ class AlgorithmSpec(Spec):
     samples_per_prompt: Annotated[int, Field(ge=2)]
     """Group size G."""
     minibatches: Positive = 1
-    """Optimizer steps per pass over a step's rollouts; groups are never split."""
+    """Optimizer steps per pass over a step's rollouts."""
+    minibatch_split: Literal["groups", "samples"] = "groups"
+    """groups: each minibatch holds whole groups; samples: an equal share of every group's samples, so that few prompts
+    are enough for many minibatches. Advantages are computed over whole groups either way."""
     epochs: Positive = 1
     """Passes over a step's rollouts."""
     advantage: AdvantageSpec = AdvantageSpec()
@@ -266,11 +283,25 @@ class AlgorithmSpec(Spec):
         return self.minibatches * self.epochs
 
     @model_validator(mode="after")
-    def _minibatches_hold_groups(self) -> AlgorithmSpec:
-        if self.minibatches > self.prompts_per_step:
+    def _minibatches_hold_something(self) -> AlgorithmSpec:
+        if self.minibatch_split == "groups" and self.minibatches > self.prompts_per_step:
             raise ValueError(
                 f"minibatches ({self.minibatches}) exceed prompts_per_step ({self.prompts_per_step}); "
-                "a minibatch holds at least one whole group"
+                "a minibatch holds at least one whole group, unless minibatch_split is samples"
+            )
+        if self.minibatch_split == "samples" and self.minibatches > self.samples_per_prompt:
+            raise ValueError(
+                f"minibatches ({self.minibatches}) exceed samples_per_prompt ({self.samples_per_prompt}); "
+                "with minibatch_split: samples a minibatch holds at least one sample of every group"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _kl_in_the_reward_needs_the_sum(self) -> AlgorithmSpec:
+        if self.kl.where == "reward" and self.advantage.combine == "advantages":
+            raise ValueError(
+                "kl.where: reward takes the divergence off the weighted sum of the rewards, which "
+                "advantage.combine: advantages never forms; use kl.where: loss, or advantage.combine: rewards"
             )
         return self
 
@@ -305,12 +336,16 @@ class EvalSpec(Spec):
     """How many of its prompts to use, from the start of its order."""
     every: NonNegative = 0
     """Evaluate every so many steps during training; 0: only by `mmrl eval`."""
+    first: bool = False
+    """Also before the first step. Only with `every` above 0."""
     samples_per_prompt: Positive = 1
     """Samples a prompt; the prompt's score is their mean."""
     sampling: dict[str, Any] = Field(default_factory=dict)
     """Overrides of the `sampling` section; by default greedy (temperature 0) for text."""
     batch_prompts: Positive = 16
     """Prompts generated at once."""
+    show: NonNegative = 32
+    """Prompts, from the first, whose first sample is kept for writers to show."""
 
 
 class Recipe(Spec):
@@ -350,6 +385,19 @@ class Recipe(Spec):
     """Held-out evaluation."""
     writers: list[Choice] = [Choice(name="console"), Choice(name="jsonl"), Choice(name="tensorboard")]
     """Where metrics go."""
+
+    @field_validator("rewards")
+    @classmethod
+    def _rewards_differ_in_name(cls, rewards: list[RewardChoice]) -> list[RewardChoice]:
+        first: dict[str, int] = {}
+        for i, reward in enumerate(rewards):
+            j = first.setdefault(reward.shown_name, i)
+            if j != i:
+                raise ValueError(
+                    f"rewards.{j} ({rewards[j].name}) and rewards.{i} ({reward.name}) are both called "
+                    f"{reward.shown_name!r}; give one of them another `label`"
+                )
+        return rewards
 
     @property
     def directory(self) -> Path:

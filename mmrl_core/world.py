@@ -39,6 +39,16 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
+    def gather_main(self, value: T) -> list[T]:
+        """Every rank's value, by rank, on rank 0; nothing elsewhere. For what is large. Pickled like `gather`."""
+        if self.size == 1:
+            return [value]
+        import torch.distributed as dist
+
+        values: list[Any] | None = [None] * self.size if self.is_main else None
+        dist.gather_object(value, values, dst=0)
+        return values or []
+
     def broadcast(self, value: T, source: int = 0) -> T:
         """The value of rank `source`, on every rank."""
         if self.size == 1:

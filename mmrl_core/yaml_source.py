@@ -149,7 +149,7 @@ def reads_as_string(text: str) -> bool:
 
 def _plain(text: str) -> bool:
     """Cheap and strict: anything unusual is quoted by the writer anyway."""
-    return re.fullmatch(r"[A-Za-z0-9_./+-]+", text) is not None
+    return re.fullmatch(r"[A-Za-z0-9_./+-]+", text) is not None and text != "..."  # which ends a document
 
 
 def _build(

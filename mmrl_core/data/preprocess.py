@@ -13,11 +13,12 @@ from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mmrl_core.data.parquet_output import ParquetOutput
 from mmrl_core.data.table_files import MissingColumn, Parquet, Table, matching_files, open_json
 from mmrl_core.data.templates import load_template
 from mmrl_core.errors import DataError, ModelError
@@ -84,7 +85,7 @@ def preprocess(job: Job, progress: Progress = lambda done, total, dropped: None)
     """
     assert job.max_prompt_tokens >= 1
     assert job.workers >= 1
-    if job.output.exists() and not job.overwrite:
+    if job.output.exists() and not job.overwrite:  # before anything slow
         raise DataError(f"{job.output}: exists already. Remove it, choose another name, or add --overwrite")
     if job.template != "chat":
         load_template(job.template)
@@ -97,7 +98,8 @@ def preprocess(job: Job, progress: Progress = lambda done, total, dropped: None)
     batches = [items[start : start + BATCH_ROWS] for start in range(0, len(items), BATCH_ROWS)]
     done = without_problem + without_answer
     kept = too_long = longest = 0
-    with _ParquetOutput(job, table.sha256) as output, closing(_rendered(batches, job, renderer)) as results:
+    written = ParquetOutput(job.output, _schema(job, table.sha256), overwrite=job.overwrite)
+    with written as output, closing(_rendered(batches, job, renderer)) as results:
         progress(done, len(table), done)
         for batch, counted in zip(batches, results, strict=True):
             fitting = [
@@ -251,72 +253,21 @@ def _render_batch(problems: list[str]) -> list[tuple[str, int]]:
 # -------------------------------------------------------------------------------------------------------------- output
 
 
-class _ParquetOutput:
-    """A Parquet file that gets its name when it is complete and on disk; until then it is a hidden file beside it."""
+def _schema(job: Job, input_sha256: str) -> Any:
+    import pyarrow
 
-    def __init__(self, job: Job, input_sha256: str) -> None:
-        import pyarrow
-
-        self._job = job
-        self._partial = job.output.with_name(f".{job.output.name}.partial-{os.getpid()}")
-        made = {
-            "input_sha256": input_sha256,
-            "template": job.template,
-            "system": job.system,
-            "max_prompt_tokens": job.max_prompt_tokens,
-        }
-        self._schema = pyarrow.schema(
-            [
-                ("prompt", pyarrow.string()),
-                ("answer", pyarrow.string()),
-                ("prompt_tokens", pyarrow.int32()),
-                ("source_row", pyarrow.int64()),
-            ],
-            metadata={"mmrl": json.dumps(made)},
-        )
-
-    def __enter__(self) -> _ParquetOutput:
-        import pyarrow.parquet
-
-        try:
-            self._job.output.parent.mkdir(parents=True, exist_ok=True)
-            self._writer = pyarrow.parquet.ParquetWriter(self._partial, self._schema)
-        except OSError as error:
-            raise self._cannot_write(error) from error
-        return self
-
-    def write(self, rows: list[tuple[str, str, int, int]]) -> None:
-        """Append rows, each (prompt, answer, prompt_tokens, source_row)."""
-        import pyarrow
-
-        columns = [list(column) for column in zip(*rows, strict=True)] or [[], [], [], []]
-        try:
-            self._writer.write_table(pyarrow.table(columns, schema=self._schema))
-        except OSError as error:
-            raise self._cannot_write(error) from error
-
-    def publish(self) -> None:
-        """Finish the file and give it its name."""
-        try:
-            self._writer.close()
-            with open(self._partial, "rb+") as file:
-                os.fsync(file.fileno())
-            if self._job.output.exists() and not self._job.overwrite:
-                raise DataError(f"{self._job.output}: appeared while this was running; nothing was written")
-            os.replace(self._partial, self._job.output)
-            folder = os.open(self._job.output.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-        except OSError as error:
-            raise self._cannot_write(error) from error
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if self._partial.exists():  # not published
-            with suppress(OSError):  # the disk is full, perhaps; the file is being thrown away
-                self._writer.close()
-            self._partial.unlink()
-
-    def _cannot_write(self, error: OSError) -> DataError:
-        return DataError(f"{self._job.output}: cannot write it: {error.strerror or error}; nothing was written")
+    made = {
+        "input_sha256": input_sha256,
+        "template": job.template,
+        "system": job.system,
+        "max_prompt_tokens": job.max_prompt_tokens,
+    }
+    return pyarrow.schema(
+        [
+            ("prompt", pyarrow.string()),
+            ("answer", pyarrow.string()),
+            ("prompt_tokens", pyarrow.int32()),
+            ("source_row", pyarrow.int64()),
+        ],
+        metadata={"mmrl": json.dumps(made)},
+    )

@@ -9,6 +9,7 @@ Ahmadian et al., arXiv:2402.14740; dynamic sampling, Yu et al. (DAPO), arXiv:250
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,6 +57,36 @@ def compute_advantages(rewards: Tensor, group_id: Tensor, valid: Tensor, spec: A
     Returns:
         [N] float32, computed in float64.
     """
+    return _clamped(_unclamped(rewards, group_id, valid, spec), spec)
+
+
+def combined_advantages(
+    rewards: Tensor, weights: Sequence[float], group_id: Tensor, valid: Tensor, spec: AdvantageSpec
+) -> Tensor:
+    """Of several rewards, the weighted sum of each one's own advantage; then the clamp.
+
+    With A_k the estimator's advantage of reward k by itself, unclamped: sum over k of weights[k] * A_k. With `grpo`
+    and `global_std` each reward thus counts by its weight, whatever its scale and spread. A reward that is equal
+    throughout a group adds exactly 0 there.
+
+    Args:
+        rewards: [N, K], one column a reward; otherwise as for `compute_advantages`.
+        weights: K numbers; a reward of weight 0 takes no part.
+        group_id, valid, spec: as for `compute_advantages`.
+
+    Returns:
+        [N] float32, computed in float64.
+    """
+    assert rewards.shape == (len(group_id), len(weights)), (rewards.shape, len(group_id), len(weights))
+    total = torch.zeros(len(group_id), dtype=torch.float64, device=rewards.device)
+    for column, weight in zip(rewards.unbind(1), weights, strict=True):
+        if weight != 0.0:
+            total = total + weight * _unclamped(column, group_id, valid, spec)
+    return _clamped(total, spec)
+
+
+def _unclamped(rewards: Tensor, group_id: Tensor, valid: Tensor, spec: AdvantageSpec) -> Tensor:
+    """[N] float64."""
     values, groups = _prepare(rewards, group_id, valid)
     mean = _sum_by_group(values, groups) / groups.count.clamp(min=1)
     centred = torch.where(valid, values - mean[groups.index], 0.0)
@@ -70,10 +101,14 @@ def compute_advantages(rewards: Tensor, group_id: Tensor, valid: Tensor, spec: A
     else:
         assert spec.name == "dr_grpo", spec.name
         advantages = centred
+    return torch.where(valid & groups.informative[groups.index], advantages, 0.0)
+
+
+def _clamped(advantages: Tensor, spec: AdvantageSpec) -> Tensor:
+    """[N] float32."""
     if spec.clamp is not None:
         advantages = advantages.clamp(-spec.clamp, spec.clamp)
-    counts = valid & groups.informative[groups.index]
-    return torch.where(counts, advantages, 0.0).to(torch.float32)
+    return advantages.to(torch.float32)
 
 
 def informative_groups(rewards: Tensor, group_id: Tensor, valid: Tensor) -> set[int]:
@@ -93,11 +128,12 @@ def shuffle_within_groups(rewards: Tensor, group_id: Tensor, valid: Tensor, seed
     from step to step; the same on every rank.
 
     Args:
-        rewards, group_id, valid: as for `compute_advantages`.
+        rewards: [N], or [N, K]: then the K rewards of a sample stay together.
+        group_id, valid: as for `compute_advantages`.
         seed: seeds a generator of its own; global random state is untouched.
 
     Returns:
-        [N], the dtype of `rewards`.
+        The shape and dtype of `rewards`.
     """
     generator = torch.Generator().manual_seed(seed)
     shuffled = rewards.clone()

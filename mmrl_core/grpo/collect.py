@@ -13,11 +13,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from mmrl_core.contracts import GenerationRequest, Policy, Prompt, PromptSource, RolloutEngine, Rollouts, Sample
 from mmrl_core.errors import DataError, RewardError
 from mmrl_core.grpo.advantages import informative_groups
 from mmrl_core.grpo.run import Run
+from mmrl_core.recipe import RewardChoice
 from mmrl_core.rows import concatenate, select_rows
 
 if TYPE_CHECKING:
@@ -39,9 +41,12 @@ class SampleRow:
     """Weighted sum of the rewards, or None: failed."""
     drop_group: bool
     rewards: Mapping[str, float]
+    """Unweighted value by the reward's name in metrics."""
     sub_scores: Mapping[str, float]
-    prompt_length: int
-    response_length: int
+    prompt_length: int | None
+    """In tokens; None: the policy has none."""
+    response_length: int | None
+    """In tokens; None: the policy has none."""
     actions: int
     """Actions that are trained on."""
     truncated: bool
@@ -66,26 +71,31 @@ class StepBatch:
     facts: dict[str, float] = field(default_factory=dict)
     """`failures`, `timeouts`, `restarts` of rewards in this step, summed over replicas."""
 
-    def actions_of(self, groups: Sequence[int]) -> int:
-        """Actions of these groups that are trained on; the same on every rank."""
-        chosen = set(groups)
-        return sum(row.actions for row in self.kept if row.group_id in chosen)
-
     @property
     def learnable(self) -> bool:
         """Whether anything is trained on at all."""
         return any(row.actions for row in self.kept)
 
-    @property
-    def group_ids(self) -> list[int]:
-        """Kept groups in order."""
-        return sorted({row.group_id for row in self.kept})
-
 
 def seed_of(run_seed: int, step: int, sample_id: int) -> int:
-    """A 63-bit seed for one sample: independent of ranks, batching and of every other sample."""
+    """A 63-bit seed for one sample: independent of ranks, batching and of every other sample.
+
+    Negative numbers stand for what is no sample: -1 shuffles rewards, -2 - g is shared by group g.
+    """
     digest = hashlib.blake2b(f"{run_seed}:{step}:{sample_id}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+def request(run_seed: int, step: int, prompt: Prompt, group_id: int, size: int) -> GenerationRequest:
+    """What the engine is asked for `size` samples of `prompt`, ids and seeds included."""
+    ids = tuple(range(group_id * size, (group_id + 1) * size))
+    return GenerationRequest(
+        prompt=prompt,
+        group_id=group_id,
+        sample_ids=ids,
+        seeds=tuple(seed_of(run_seed, step, i) for i in ids),
+        group_seed=seed_of(run_seed, step, -2 - group_id),
+    )
 
 
 def collect(run: Run, step: int) -> StepBatch:
@@ -100,7 +110,8 @@ def collect(run: Run, step: int) -> StepBatch:
         first_group = used * algorithm.prompts_per_step
         prompts, passed_over = draw(run, algorithm.prompts_per_step)
         skipped += passed_over
-        requests = _requests(run, step, prompts, first_group)
+        size = algorithm.samples_per_prompt
+        requests = [request(run.recipe.seed, step, p, first_group + i, size) for i, p in enumerate(prompts)]
         rollouts, rows = _generate_and_score(run, requests)
         parts.append(rollouts)
         table += rows
@@ -154,17 +165,6 @@ def take_prompts(source: PromptSource, policy: Policy, count: int) -> list[Promp
     return [prompt for prompt, _ in zip(accepted, range(count), strict=False)]
 
 
-def _requests(run: Run, step: int, prompts: Sequence[Prompt], first_group: int) -> list[GenerationRequest]:
-    size = run.recipe.algorithm.samples_per_prompt
-    requests = []
-    for offset, prompt in enumerate(prompts):
-        group = first_group + offset
-        ids = tuple(range(group * size, (group + 1) * size))
-        seeds = tuple(seed_of(run.recipe.seed, step, i) for i in ids)
-        requests.append(GenerationRequest(prompt=prompt, group_id=group, sample_ids=ids, seeds=seeds))
-    return requests
-
-
 def _generate_and_score(run: Run, requests: list[GenerationRequest]) -> tuple[Rollouts, list[SampleRow]]:
     """This engine replica's rollouts, and the rows of all replicas. Scored once per replica."""
     replica = run.engine.replica
@@ -198,7 +198,8 @@ def score_everywhere(
 
 
 def _rows(run: Run, rollouts: Rollouts, scored: Sequence[Scored], holder: int) -> list[SampleRow]:
-    prompt_lengths, response_lengths = run.policy.lengths(rollouts)
+    tokens = run.policy.lengths(rollouts)
+    lengths = [(None, None)] * len(rollouts) if tokens is None else list(zip(*tokens, strict=True))
     actions = rollouts.mask.sum(-1).tolist()
     masked = run.recipe.algorithm.truncated == "mask"
     return [
@@ -210,8 +211,8 @@ def _rows(run: Run, rollouts: Rollouts, scored: Sequence[Scored], holder: int) -
             drop_group=result.drop_group,
             rewards=result.per_reward,
             sub_scores=result.sub_scores,
-            prompt_length=prompt_lengths[i],
-            response_length=response_lengths[i],
+            prompt_length=lengths[i][0],
+            response_length=lengths[i][1],
             actions=0 if masked and bool(rollouts.truncated[i]) else int(actions[i]),
             truncated=bool(rollouts.truncated[i]),
         )
@@ -237,10 +238,20 @@ def _usable_groups(run: Run, rows: Sequence[SampleRow]) -> tuple[set[int], int]:
     counted = [row for row in counted if row.group_id in usable]
     if not counted:
         return usable, 0
-    rewards = torch.tensor([row.score for row in counted], dtype=torch.float64)
+    if run.recipe.algorithm.advantage.combine == "advantages":  # rewards whose sum is equal may differ one by one
+        rewards = reward_columns(counted, [choice for choice in run.recipe.rewards if choice.weight != 0.0])
+    else:
+        rewards = torch.tensor([[row.score] for row in counted], dtype=torch.float64)
     groups = torch.tensor([row.group_id for row in counted])
-    informative = informative_groups(rewards, groups, torch.ones(len(counted), dtype=torch.bool))
+    valid = torch.ones(len(counted), dtype=torch.bool)
+    informative = set().union(*(informative_groups(column, groups, valid) for column in rewards.unbind(1)))
     return usable & informative, len(usable - informative)
+
+
+def reward_columns(rows: Sequence[SampleRow], rewards: Sequence[RewardChoice]) -> Tensor:
+    """[N, K] float64: the unweighted value of each of these rewards for each row; no row failed."""
+    values = [[row.rewards[choice.shown_name] for choice in rewards] for row in rows]
+    return torch.tensor(values, dtype=torch.float64).reshape(len(rows), len(rewards))
 
 
 def _reward_facts(run: Run) -> dict[str, float]:

@@ -9,6 +9,8 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from mmrl_core.contracts import Replica, Rollouts
 from mmrl_core.rows import concatenate, select_rows
 from mmrl_core.world import World
@@ -56,8 +58,8 @@ def assign(holders: Mapping[int, int], layouts: Layouts) -> dict[int, int]:
 def distribute(rollouts: Rollouts, holders: Mapping[int, int], layouts: Layouts, world: World) -> Rollouts:
     """This rank's backend replica's rows, ordered by sample id. Collective.
 
-    A backend replica without any group receives one row of the first group as a spare: it belongs to no minibatch,
-    but lets the replica take part in collective passes with weight 0.
+    A backend replica without any group receives one row of the first group as a spare, with the ids -1: it belongs to
+    no minibatch, but lets the replica take part in collective passes with weight 0.
     """
     assert holders, "nothing to distribute"
     owner = assign(holders, layouts)
@@ -75,7 +77,11 @@ def distribute(rollouts: Rollouts, holders: Mapping[int, int], layouts: Layouts,
     joined = concatenate(parts)
     order = sorted(range(len(joined)), key=lambda row: int(joined.sample_id[row]))
     mine = {group for group, to in owner.items() if to == layouts.backend[world.rank].index}
-    return select_rows(joined, order if mine else order[:1])
+    if mine:
+        return select_rows(joined, order)
+    spare = select_rows(joined, order[:1])
+    spare.group_id, spare.sample_id = torch.full_like(spare.group_id, -1), torch.full_like(spare.sample_id, -1)
+    return spare
 
 
 def _groups(rollouts: Rollouts, groups: set[int]) -> Rollouts:

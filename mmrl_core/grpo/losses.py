@@ -4,7 +4,7 @@ Per action, with A the sample's advantage and r a probability ratio current / ol
 
     pg = max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high))      PPO; asymmetric: DAPO
     pg = min(pg, -A dual_clip)   where A < 0                     dual clip
-    loss = sum of weight * (importance * pg + kl_coef * kl - entropy_coef * entropy)
+    loss = sum of weight * (importance * policy's factor * pg + kl_coef * kl - entropy_coef * entropy)
 
 - `ppo_clip`: r is the action's own ratio.
 - `gspo`: r is the row's s = exp(mean of the row's log-ratios), in the token form of the paper (GSPO-token, its
@@ -78,6 +78,8 @@ class PolicyLoss:
         # An action left out by the correction leaves every term; the normaliser, counted beforehand, still has it.
         weight = _where(keep, batch.weight)
 
+        if stats.weight is not None:
+            factor = factor * _where(mask, stats.weight).detach()
         per_action, sums = self._policy_gradient(self._ratio(log_probs, old, mask), advantages, metric_weight)
         loss = (weight * factor * per_action).sum()
         sums["actor/pg_loss"] = loss.detach()

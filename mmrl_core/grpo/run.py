@@ -23,6 +23,7 @@ class Observers(Protocol):
 
     def run_start(self, recipe: Recipe, run_dir: Path, first_step: int) -> None: ...
     def step_end(self, step: int, metrics: Mapping[str, float], samples: Sequence[Sample]) -> None: ...
+    def evaluation_end(self, step: int, metrics: Mapping[str, float], samples: Sequence[Sample]) -> None: ...
     def run_end(self, summary: Mapping[str, Any]) -> None: ...
 
 
@@ -42,6 +43,8 @@ class Progress:
     """Mean score of each step."""
     idle_steps: int = 0
     """Steps in a row that found no group to learn from."""
+    first_evaluation: dict[str, Any] | None = None
+    """What the evaluation before the first step found (Evaluation.summary), if there was one."""
 
 
 @dataclass(kw_only=True)

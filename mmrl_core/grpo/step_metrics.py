@@ -17,9 +17,7 @@ def step_metrics(
     table = batch.table
     metrics = {**learned, **timing}
     metrics.update(_spread("grpo/score", [row.score for row in table if row.score is not None]))
-    metrics.update(_spread("prompt_length", [row.prompt_length for row in table]))
-    metrics.update(_spread("response_length", [row.response_length for row in table]))
-    metrics["response_length/truncated_fraction"] = sum(row.truncated for row in table) / len(table)
+    metrics.update(_tokens(table, run.world.size, timing))
     metrics.update(_per_reward(table))
     if "actor/lr" in learned:
         metrics["grpo/lr"] = learned["actor/lr"]
@@ -35,21 +33,35 @@ def step_metrics(
         metrics["dynamic_sampling/rounds"] = float(batch.rounds)
         metrics["dynamic_sampling/dropped_groups"] = float(batch.dropped_equal)
     metrics["policy_version"] = float(batch.rollouts.policy_version)
-    metrics["perf/tokens"] = float(sum(row.prompt_length + row.response_length for row in table))
+    seconds = timing.get("timing/all", 0.0)
+    if seconds > 0:
+        metrics["perf/samples_per_second"] = len(table) / seconds
+    peak = run.device.memory().peak
+    if peak is not None:
+        metrics["perf/memory_peak_gb"] = peak / 1e9
+    check_known(metrics)
+    return metrics
+
+
+def _tokens(table: Sequence[SampleRow], devices: int, timing: Mapping[str, float]) -> dict[str, float]:
+    """Lengths and tokens a second; nothing for a policy without tokens."""
+    prompts = [row.prompt_length for row in table if row.prompt_length is not None]
+    responses = [row.response_length for row in table if row.response_length is not None]
+    if not prompts:
+        return {}
+    metrics = {**_spread("prompt_length", prompts), **_spread("response_length", responses)}
+    metrics["response_length/truncated_fraction"] = sum(row.truncated for row in table) / len(table)
+    metrics["perf/tokens"] = float(sum(prompts) + sum(responses))
     metrics.update(
         throughput_metrics(
             mean_prompt=metrics["prompt_length/mean"],
             mean_response=metrics["response_length/mean"],
             prompts=len(table),
             samples=1,
-            devices=run.world.size,
+            devices=devices,
             timing=timing,
         )
     )
-    peak = run.device.memory().peak
-    if peak is not None:
-        metrics["perf/memory_peak_gb"] = peak / 1e9
-    check_known(metrics)
     return metrics
 
 

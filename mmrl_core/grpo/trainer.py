@@ -19,14 +19,16 @@ from torch import Tensor
 
 from mmrl_core.contracts import Record, Rollouts
 from mmrl_core.errors import RewardError
-from mmrl_core.grpo.advantages import compute_advantages, shuffle_within_groups
-from mmrl_core.grpo.collect import SampleRow, StepBatch, collect, seed_of
-from mmrl_core.grpo.distribute import Layouts, chunk, distribute
+from mmrl_core.grpo.advantages import combined_advantages, compute_advantages, shuffle_within_groups
+from mmrl_core.grpo.collect import SampleRow, StepBatch, collect, reward_columns, seed_of
+from mmrl_core.grpo.distribute import Layouts, distribute
+from mmrl_core.grpo.evaluation import Evaluation, Evaluator
 from mmrl_core.grpo.kl import kl_estimate
 from mmrl_core.grpo.losses import build_loss
-from mmrl_core.grpo.minibatches import build_minibatch
+from mmrl_core.grpo.minibatches import build_minibatch, split_samples
 from mmrl_core.grpo.run import Run
 from mmrl_core.grpo.step_metrics import step_metrics
+from mmrl_core.metrics.names import check_known
 from mmrl_core.rows import stack_rows
 
 log = logging.getLogger("mmrl.train")
@@ -39,17 +41,18 @@ def train(run: Run) -> str:
     """Run the remaining steps. Returns the outcome: "finished" or "stopped"."""
     layouts = Layouts.gather(run.world, run.engine.replica, run.backend.replica)
     schedule, total = run.recipe.checkpoint, run.recipe.algorithm.steps
+    evaluator = run.evaluator
+    if evaluator is not None and evaluator.spec.every and evaluator.spec.first and run.progress.step == 0:
+        run.progress.first_evaluation = evaluate(run, evaluator).summary()
     while run.progress.step < total:
         step = run.progress.step + 1
         started = time.perf_counter()
         learned, batch = train_step(run, step, layouts)
         run.progress.step = step
         run.progress.seconds += time.perf_counter() - started
-        if run.evaluator is not None and run.evaluator.spec.every and step % run.evaluator.spec.every == 0:
+        if evaluator is not None and evaluator.spec.every and step % evaluator.spec.every == 0:
             with run.timers("eval"):
-                held_out = run.evaluator.evaluate()
-            run.held_out = (step, held_out)
-            learned |= {"eval/score/mean": held_out.mean, "eval/prompts": float(len(held_out.scores))}
+                learned |= evaluate(run, evaluator).metrics()
         metrics = step_metrics(run, batch, learned, run.timers.collect())
         # before the checkpoint: a resumed run cuts rows after its step, but cannot bring back one that is missing
         run.observers.step_end(step, metrics, batch.samples)
@@ -62,6 +65,16 @@ def train(run: Run) -> str:
             log.warning("told to stop: saved step %d and leaving", step)
             return "stopped"
     return "finished"
+
+
+def evaluate(run: Run, evaluator: Evaluator) -> Evaluation:
+    """Score held-out prompts with the weights of the last step done, and tell the observers. Collective."""
+    result = evaluator.evaluate()
+    run.held_out = (run.progress.step, result)
+    metrics = result.metrics()
+    check_known(metrics)
+    run.observers.evaluation_end(run.progress.step, metrics, result.samples)
+    return result
 
 
 def train_step(run: Run, step: int, layouts: Layouts) -> tuple[dict[str, float], StepBatch]:
@@ -95,13 +108,13 @@ def learn(run: Run, batch: StepBatch, step: int, layouts: Layouts) -> dict[str, 
         old = None  # the current log-probs, detached: the same numbers without a pass
     loss = build_loss(algorithm)
     totals: dict[str, float] = {}
-    minibatches = [groups for groups in chunk(batch.group_ids, algorithm.minibatches) if batch.actions_of(groups)]
+    minibatches = split_samples(batch.kept, algorithm)
     with run.timers("update"):
         for _ in range(algorithm.epochs):
-            for groups in minibatches:
+            for samples in minibatches:
                 minibatch = build_minibatch(
                     rollouts,
-                    groups,
+                    samples,
                     batch.kept,
                     advantages,
                     algorithm,
@@ -160,12 +173,24 @@ def shaped_rewards(
 
 
 def advantage_table(run: Run, kept: Sequence[SampleRow], rewards: Tensor, step: int) -> dict[int, float]:
-    """Advantage by sample id, over the whole step; the same on every rank."""
+    """Advantage by sample id, over the whole step; the same on every rank.
+
+    `rewards` [N] are the shaped ones, in the order of `kept`. With `combine: advantages` those of the table are used,
+    each by itself.
+    """
+    algorithm = run.recipe.algorithm
     groups = torch.tensor([row.group_id for row in kept])
     valid = torch.ones(len(kept), dtype=torch.bool)
-    if run.recipe.algorithm.shuffle_rewards:
+    separately = algorithm.advantage.combine == "advantages"
+    if separately:
+        rewards = reward_columns(kept, run.recipe.rewards)
+    if algorithm.shuffle_rewards:
         rewards = shuffle_within_groups(rewards, groups, valid, seed_of(run.recipe.seed, step, -1))
-    advantages = compute_advantages(rewards, groups, valid, run.recipe.algorithm.advantage)
+    if separately:
+        weights = [choice.weight for choice in run.recipe.rewards]
+        advantages = combined_advantages(rewards, weights, groups, valid, algorithm.advantage)
+    else:
+        advantages = compute_advantages(rewards, groups, valid, algorithm.advantage)
     return dict(zip((row.sample_id for row in kept), advantages.tolist(), strict=True))
 
 

@@ -25,7 +25,9 @@ def evaluate_models(recipe: Recipe, selection: Selection, models: Sequence[str])
         try:
             rewards.setup()
             for path in models:
-                spec = recipe.model.model_copy(update={"path": local_path(path), "lora": None})
+                own = path == recipe.model.path  # other folders have their weights in them
+                changes = {"path": local_path(path), "lora": None, "init_from": recipe.model.init_from if own else None}
+                spec = recipe.model.model_copy(update=changes)
                 policy = components.create_policy(selection, spec)
                 engine = selection.rollout.create()
                 engine.setup(components.context(recipe, world, device), policy, None)

@@ -43,6 +43,10 @@ class RunObservers:
         """See LifecycleHooks.mmrl_step_end."""
         self._each("mmrl_step_end", step=step, metrics=metrics, samples=samples)
 
+    def evaluation_end(self, step: int, metrics: Mapping[str, float], samples: Sequence[Sample]) -> None:
+        """See LifecycleHooks.mmrl_evaluation_end."""
+        self._each("mmrl_evaluation_end", step=step, metrics=metrics, samples=samples)
+
     def run_end(self, summary: Mapping[str, Any]) -> None:
         """See LifecycleHooks.mmrl_run_end."""
         self._each("mmrl_run_end", summary=summary)
@@ -68,6 +72,9 @@ class NoObservers:
         """Nothing."""
 
     def step_end(self, step: int, metrics: Mapping[str, float], samples: Sequence[Sample]) -> None:
+        """Nothing."""
+
+    def evaluation_end(self, step: int, metrics: Mapping[str, float], samples: Sequence[Sample]) -> None:
         """Nothing."""
 
     def run_end(self, summary: Mapping[str, Any]) -> None:

@@ -33,7 +33,7 @@ def preflight(
     mine |= {f"version of {name}": version for name, version in versions.items()}
     mine["collective time-out"] = f"{collective_timeout_s():g} s"
     problems = disagreements(world.gather(mine))
-    problems += [f"reward {r.name}: {problem}" for r in rewards if (problem := _deadline_problem(r))]
+    problems += [f"reward {r.shown_name}: {problem}" for r in rewards if (problem := _deadline_problem(r))]
     addresses = sorted({a for a in world.gather(os.environ.get("MASTER_ADDR")) if a is not None})
     for address in addresses:
         try:

@@ -59,7 +59,7 @@ def resume(run: Run) -> str:
 
 def _check_same_recipe(run: Run, checkpoint: Checkpoint) -> None:
     recipe = run.recipe
-    changed = _differences(checkpoint.state["recipe"], run.facts["recipe"], "")
+    changed = differences(checkpoint.state["recipe"], run.facts["recipe"], "")
     if not changed and checkpoint.state["data_digest"] != run.facts["data_digest"]:
         changed = [("the data's content", checkpoint.state["data_digest"], run.facts["data_digest"])]
     if not changed:
@@ -74,10 +74,11 @@ def _check_same_recipe(run: Run, checkpoint: Checkpoint) -> None:
     )
 
 
-def _differences(before: Any, now: Any, at: str) -> list[tuple[str, Any, Any]]:
+def differences(before: Any, now: Any, at: str) -> list[tuple[str, Any, Any]]:
+    """(dotted name, before, now) of the values in nested mappings that are not the same, below `at`."""
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         rows = []
         for key in sorted(set(before) | set(now)):
-            rows += _differences(before.get(key), now.get(key), f"{at}.{key}" if at else str(key))
+            rows += differences(before.get(key), now.get(key), f"{at}.{key}" if at else str(key))
         return rows
     return [] if before == now else [(at, before, now)]

@@ -15,7 +15,7 @@ from mmrl_core.checkpoint.store import CheckpointStore
 from mmrl_core.contracts import TrainingSpec
 from mmrl_core.errors import BackendError, MmrlError
 from mmrl_core.grpo.run import Run
-from mmrl_core.grpo.trainer import hand_over_weights, train
+from mmrl_core.grpo.trainer import evaluate, hand_over_weights, train
 from mmrl_core.launch import components
 from mmrl_core.launch.distributed import connect, disconnect
 from mmrl_core.launch.logs import configure_logging
@@ -130,8 +130,9 @@ def _run(run: Run) -> int:
         return 0
     except torch.OutOfMemoryError as error:
         raise BackendError(
-            f"out of device memory in step {run.progress.step + 1}: {error}\nLower backend.micro_batch_groups, turn "
-            "on backend.activation_checkpointing, or shorten sampling.max_new_tokens"
+            f"out of device memory in step {run.progress.step + 1}: {error}\nLower backend.micro_batch_groups (or set "
+            "backend.micro_batch_samples to 1), turn on backend.activation_checkpointing, or sample shorter texts or "
+            "smaller images (sampling)"
         ) from error
     finally:
         summary["seconds"] = time.monotonic() - started
@@ -155,8 +156,8 @@ def _finish(run: Run, outcome: str) -> dict[str, Any]:
         if run.evaluator is not None and run.evaluator.spec.every:
             step, result = run.held_out or (0, None)
             if result is None or step != run.progress.step:
-                result = run.evaluator.evaluate()
-            summary["eval"] = {"score": result.mean, "prompts": len(result.scores)}
+                result = evaluate(run, run.evaluator)
+            summary["eval"] = {**result.summary(), "first": run.progress.first_evaluation}
         if run.recipe.checkpoint.export:
             target = run.directory / "export"
             export(run, target)

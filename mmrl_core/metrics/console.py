@@ -72,6 +72,13 @@ class ConsoleWriter:
             self._progress.update(self._task, completed=step, left=left)
 
     @hookimpl
+    def mmrl_evaluation_end(self, step: int, metrics: Mapping[str, float], samples: Sequence[Sample]) -> None:
+        """Print the score before training; that of a step stands on the step's line."""
+        score = metrics.get("eval/score/mean")
+        if step == 0 and score is not None:
+            self._print(Text.assemble(("before training", "bold"), (f"  held-out {score:.3f}", "bold cyan")))
+
+    @hookimpl
     def mmrl_run_end(self, summary: Mapping[str, Any]) -> None:
         """Take the bar down and print the summary."""
         if self._progress is not None:
@@ -123,6 +130,8 @@ def step_line(step: int, total: int, metrics: Mapping[str, float], left: str) ->
     if seconds is not None and seconds > 0:
         if "perf/tokens" in metrics:
             line.append(f"  {metrics['perf/tokens'] / seconds:8,.0f} tokens/s", style="not bold")
+        elif "perf/samples_per_second" in metrics:
+            line.append(f"  {metrics['perf/samples_per_second']:6.1f} samples/s", style="not bold")
         line.append(f"  {seconds:6.2f} s", style="not bold")
     if left:
         line.append(f"  {left}", style="not bold dim")
@@ -155,7 +164,7 @@ def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     add("tokens/s", summary.get("tokens_per_second"), ",.0f")
     held_out = summary.get("eval")
     if held_out:
-        rows.append(("held-out", ", ".join(f"{key} {_short(value)}" for key, value in held_out.items())))
+        rows.append(("held-out", _held_out(held_out)))
     for key, title in (
         ("run_dir", "run folder"),
         ("checkpoint", "checkpoint"),
@@ -173,11 +182,27 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def _held_out(found: Mapping[str, Any]) -> str:
+    """The score (before training, too, when it was measured) and, when there are several, the mean of each reward."""
+    before = found.get("first") or {}
+    pairs = [("score", before.get("score"), found["score"])]
+    if len(found["rewards"]) > 1:
+        pairs += [(name, before.get("rewards", {}).get(name), value) for name, value in found["rewards"].items()]
+    words = [f"{name} {'' if old is None else f'{old:.4g} -> '}{new:.4g}" for name, old, new in pairs]
+    return f"{', '.join(words)} (prompts: {found['prompts']})"
+
+
+def _response(sample: Sample) -> str:
+    """The text, or else kind and size: `image HxW`, `video FxHxW`."""
+    if sample.text is not None:
+        return sample.text
+    for kind, pixels in (("image", sample.image), ("video", sample.video)):
+        if pixels is not None:
+            return f"{kind} {'x'.join(str(side) for side in pixels.shape[:-1])}"
+    return ""
 
 
 def _sample_cells(sample: Sample, limit: int) -> list[tuple[str, str]]:
     answer = "" if sample.answer is None else str(sample.answer)
-    cells = {"prompt": sample.prompt.question(), "response": sample.text or "", "answer": answer}
+    cells = {"prompt": sample.prompt.question(), "response": _response(sample), "answer": answer}
     return [(title, text if len(text) <= limit else text[: limit - 3] + "...") for title, text in cells.items()]

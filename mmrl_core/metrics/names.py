@@ -160,6 +160,11 @@ PERFORMANCE = (
     Metric("perf/throughput", "tokens/s/device", "All tokens of the step / (timing/all * devices), as verl counts."),
     Metric("perf/tokens", "tokens", "Prompt and response tokens of the step."),
     Metric(
+        "perf/samples_per_second",
+        "samples/s",
+        "Samples of the step over the time of the whole step, all devices together.",
+    ),
+    Metric(
         "perf/mfu",
         "fraction",
         "Model FLOP/s of the update over the devices' peak; absent when the peak or the FLOPs are unknown.",
@@ -184,7 +189,7 @@ EVAL = (
 METRICS: tuple[Metric, ...] = (*GRPO, *REWARDS, *ACTOR, *MISMATCH, *DATA, *TIMING, *PERFORMANCE, *EVAL)
 """The registry."""
 
-VOLATILE = ("timing/*", "*_tps", "perf/throughput", "perf/mfu", "perf/memory_peak_gb")
+VOLATILE = ("timing/*", "*_tps", "perf/throughput", "perf/samples_per_second", "perf/mfu", "perf/memory_peak_gb")
 """Patterns of what differs between two equal runs: time, throughput and memory. Everything else must be bit-equal."""
 
 

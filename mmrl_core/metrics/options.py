@@ -8,6 +8,8 @@ from pydantic import Field
 
 from mmrl_core.recipe import NonNegative, Positive, Spec
 
+FramesPerSecond = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
 
 class ConsoleOptions(Spec):
     """Live progress on the terminal; plain lines where the output is no terminal."""
@@ -25,6 +27,31 @@ class JsonlOptions(Spec):
     """Name of the file."""
 
 
+class ImagesOptions(Spec):
+    """Contact sheets of images and videos, in `images/` of the run folder: one of every evaluation, and now and then
+    one of a step's samples."""
+
+    every: NonNegative = 10
+    """Steps between sheets of the step's samples; 0: none."""
+    samples: Positive = 16
+    """Most samples in a sheet."""
+    largest: Annotated[int, Field(ge=16)] = 256
+    """Longest side of an image in a sheet, in pixels. Larger ones are scaled down; small ones are enlarged."""
+    frames: Positive = 3
+    """Frames of a video in a sheet, from the first to the last; 1: the first."""
+    videos: bool = False
+    """Also store each video of a sheet as an mp4 file beside it (needs `pip install 'mmrl-core[video]'`)."""
+    fps: FramesPerSecond = 16.0
+    """Frames a second of those files."""
+
+
+class RewardHistoryOptions(Spec):
+    """The mean reward of every step, one number a line: line n is step n."""
+
+    path: Annotated[str, Field(min_length=1)] = "reward_history.txt"
+    """The file, absolute or relative to the run folder."""
+
+
 class TensorboardOptions(Spec):
     """TensorBoard event files, in `tensorboard/` of the run folder."""
 
@@ -32,6 +59,10 @@ class TensorboardOptions(Spec):
     """How many samples to write as text each time; 0: none."""
     samples_every: Positive = 10
     """Steps between writing samples. The first step always writes some."""
+    eval_images: NonNegative = 8
+    """How many images of each evaluation to write, of videos the first frame; 0: none."""
+    step_images: NonNegative = 0
+    """How many of a step's samples to write as images, whenever samples are written; 0: none."""
 
 
 class WandbOptions(Spec):
@@ -49,3 +80,9 @@ class WandbOptions(Spec):
     """Where data goes. Not set: the environment variable WANDB_MODE decides, then wandb's settings."""
     config: dict[str, Any] = Field(default_factory=dict)
     """Further values to store beside the recipe."""
+    eval_images: NonNegative = 16
+    """How many images of each evaluation to log, of videos the first frame; 0: none."""
+    videos: bool = False
+    """Log videos whole instead of their first frames (needs `pip install 'mmrl-core[video]'`)."""
+    fps: FramesPerSecond = 16.0
+    """Frames a second of those videos."""

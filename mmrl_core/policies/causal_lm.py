@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from mmrl_core.checkpoint.initial_weights import load_initial
 from mmrl_core.contracts import ActionStats, Bucket, GenerationRequest, Prompt, Record, Rollouts, Sample, TokenPolicy
 from mmrl_core.errors import DataError, ModelError
+from mmrl_core.lora import add_adapters, set_adapters
 from mmrl_core.text import model_folder
 from mmrl_core.text.prefix_cache import PromptRecorder
 from mmrl_core.text.token_batches import left_pad, unique_prompts
@@ -126,18 +128,20 @@ class CausalLmPolicy(TokenPolicy):
 
     def load(self, dtype: torch.dtype, *, adapters: bool = True) -> nn.Module:
         model = model_folder.load_causal_lm(self.model, dtype, self.options.attention)
+        if self.model.init_from is not None:
+            load_initial(model, self.model.init_from, lambda name: name)
         if adapters and self.model.lora is not None:
-            model = model_folder.add_adapters(model, self.model.lora)
+            add_adapters(model, self.model.lora, task_type="CAUSAL_LM")
         model_folder.check_head(model, self.model.path)
         return TextNetwork(model).eval()
 
     @contextmanager
     def reference_network(self, module: nn.Module) -> Iterator[None]:
-        model_folder.set_adapters(module, enabled=False)
+        set_adapters(module, enabled=False)
         try:
             yield
         finally:
-            model_folder.set_adapters(module, enabled=True)
+            set_adapters(module, enabled=True)
 
     def shard_units(self, module: nn.Module) -> Sequence[nn.Module]:
         assert isinstance(module, TextNetwork)

@@ -33,7 +33,7 @@ class Scored:
     drop_group: bool
     """A reward with `on_failure: drop_group` failed: the sample's whole group leaves the step."""
     per_reward: Mapping[str, float] = field(default_factory=dict)
-    """Unweighted value by reward, of the rewards that did not fail."""
+    """Unweighted value by the reward's name in metrics, of the rewards that did not fail."""
     sub_scores: Mapping[str, float] = field(default_factory=dict)
     """Named sub-scores, `reward/name`."""
 
@@ -61,20 +61,20 @@ class RewardExecutor:
         for choice, one in zip(choices, selected, strict=True):
             place = device if choice.device == "auto" else choice.device
             if choice.run == "inline":
-                self._runners.append(InlineRunner(choice.name, one, place))
+                self._runners.append(InlineRunner(choice.shown_name, one, place))
             else:
                 deadline = DEFAULT_DEADLINE_S if choice.deadline_s is None else choice.deadline_s
                 self._runners.append(
-                    WorkerRunner(choice.name, one, place, deadline_s=deadline, setup_limit_s=setup_limit_s)
+                    WorkerRunner(choice.shown_name, one, place, deadline_s=deadline, setup_limit_s=setup_limit_s)
                 )
         self._batch_sizes: list[int] = []
         self._pool: ThreadPoolExecutor | None = None
         self._logged: set[str] = set()
         self.last_seconds: dict[str, float] = {}
         """Wall-clock seconds each reward took in the last `score`; workers overlap."""
-        self.failures: dict[str, int] = {choice.name: 0 for choice in choices}
+        self.failures: dict[str, int] = {choice.shown_name: 0 for choice in choices}
         """Failed samples by reward, after retries, since the start."""
-        self.timeouts: dict[str, int] = {choice.name: 0 for choice in choices}
+        self.timeouts: dict[str, int] = {choice.shown_name: 0 for choice in choices}
         """Batches that were killed at the deadline, by reward, retries included."""
 
     @property
@@ -166,7 +166,7 @@ class RewardExecutor:
         for first in range(0, len(samples), size):
             last = first + size >= len(samples)
             results.extend(self._run_batch(choice, runner, samples[first : first + size], last))
-        self.last_seconds[choice.name] = time.perf_counter() - begin
+        self.last_seconds[choice.shown_name] = time.perf_counter() - begin
         return results
 
     def _run_batch(
@@ -179,7 +179,7 @@ class RewardExecutor:
             try:
                 answer = runner.score([samples[i] for i in pending], last=last)
             except BatchFailedError as error:
-                self.timeouts[choice.name] += error.timed_out
+                self.timeouts[choice.shown_name] += error.timed_out
                 self._log(runner, error)
                 answer = [RewardResult(failure=error.reason)] * len(pending)
             for i, result in zip(pending, answer, strict=True):
@@ -189,7 +189,7 @@ class RewardExecutor:
                 break
         final = [result for result in results if result is not None]
         assert len(final) == len(samples)
-        self.failures[choice.name] += len(pending)
+        self.failures[choice.shown_name] += len(pending)
         if pending and choice.on_failure == "stop":
             sample = samples[pending[0]]
             origin = sample.prompt.origin or f"prompt {sample.prompt.index}"
@@ -217,8 +217,8 @@ class RewardExecutor:
                 drop_group = drop_group or choice.on_failure == "drop_group"
                 continue
             total += choice.weight * result.value
-            per_reward[choice.name] = result.value
-            sub_scores.update({f"{choice.name}/{name}": score for name, score in result.scores.items()})
+            per_reward[choice.shown_name] = result.value
+            sub_scores.update({f"{choice.shown_name}/{name}": score for name, score in result.scores.items()})
         return Scored(
             value=None if failures else total,
             failure="; ".join(failures) or None,

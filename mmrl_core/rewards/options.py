@@ -95,6 +95,47 @@ class LengthOptions(Spec):
         return self
 
 
+class FrameOptions(Spec):
+    """What a reward for images looks at in a video."""
+
+    video: Literal["first", "mean"] = "first"
+    """Of a video, the value of its first frame, or the mean of the values of every `every`-th frame."""
+    every: Positive = 4
+    """With `video: mean`, frames 0, every, 2 * every, ... count."""
+
+
+class JpegCompressibilityOptions(FrameOptions):
+    """Options of `jpeg_compressibility`: the size of the image as a JPEG file, in kB (1000 bytes)."""
+
+    quality: Annotated[int, Field(ge=1, le=95)] = 95
+    """JPEG quality on the usual scale; 95 is that of DDPO."""
+    prefer: Literal["small", "large"] = "small"
+    """`small`: the reward is minus the size (compressibility). `large`: the size (incompressibility)."""
+
+
+class BrightnessOptions(FrameOptions):
+    """Options of `brightness`: mean luma, 0 (black) to 1 (white)."""
+
+
+class SharpnessOptions(FrameOptions):
+    """Options of `sharpness`: variance of the Laplacian of luma."""
+
+
+class DigitsRewardOptions(Spec):
+    """Options of `digits`: what a classifier of 8 x 8 digits says of the prompted one."""
+
+    score: Literal["probability", "correct"] = "probability"
+    """`probability`: the classifier's probability of the prompted digit. `correct`: 1 when no digit has a higher one,
+    else 0."""
+
+
+class DigitsJudgeOptions(Spec):
+    """Options of `digits_judge`: what a second classifier says, which shares nothing with the first."""
+
+    score: Literal["probability", "correct"] = "correct"
+    """As for `digits`."""
+
+
 class ReasoningGymRewardOptions(Spec):
     """Options of `reasoning_gym`: the verifier that belongs to the task which made the prompt."""
 

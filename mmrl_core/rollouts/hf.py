@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from mmrl_core.contracts import (
-    Bucket,
     GenerationRequest,
     LogProbSemantics,
     Policy,
-    Replica,
-    RolloutEngine,
     Rollouts,
     RunContext,
     TokenPolicy,
@@ -22,6 +19,7 @@ from mmrl_core.contracts import (
 )
 from mmrl_core.errors import RolloutError
 from mmrl_core.rollouts.decoding import decode_tokens
+from mmrl_core.rollouts.module_engine import ModuleEngine
 
 if TYPE_CHECKING:
     from mmrl_core.rollouts.options import HfOptions
@@ -31,47 +29,26 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 0.5, "float16": 0.1}
 what caching keys and values in low precision costs."""
 
 
-class HfEngine(RolloutEngine):
+class HfEngine(ModuleEngine):
     """Text generation on every rank; each rank is an engine replica."""
 
     options: HfOptions
-    deterministic = True
-
-    def __init__(self, options: HfOptions) -> None:
-        super().__init__(options)
-        self.weights: Literal["own", "shared"] = options.weights
-        self._own: nn.Module | None = None
-        self._version = 0
+    policy: TokenPolicy
 
     def setup(self, context: RunContext, policy: Policy, backend: TrainingBackend | None) -> None:
         if not isinstance(policy, TokenPolicy):
             raise RolloutError(f"rollout: hf samples tokens; the policy {type(policy).__name__} has other actions")
-        self.context, self.policy, self.backend = context, policy, backend
-        if backend is None:
-            self.weights = "own"  # there is no training network to share
-        if self.weights == "own":
-            dtype = getattr(torch, self.options.dtype or policy.model.dtype)
-            module = policy.load(dtype, adapters=False).requires_grad_(False)
-            self._own = module.to(context.device.torch_device)
-
-    @property
-    def replica(self) -> Replica:
-        world = self.context.world
-        return Replica(index=world.rank, count=world.size, is_root=True)
+        super().setup(context, policy, backend)
 
     @property
     def semantics(self) -> LogProbSemantics:
-        dtype = self.options.dtype if self.weights == "own" and self.options.dtype else self.policy.model.dtype
         return LogProbSemantics(
-            temperature_applied=True, truncation_renormalised=False, dtype="float32", tolerance=TOLERANCE[dtype]
+            temperature_applied=True, truncation_renormalised=False, dtype="float32", tolerance=TOLERANCE[self.dtype]
         )
 
     @torch.no_grad()
     def generate(self, requests: Sequence[GenerationRequest], sampling: Any) -> Rollouts:
-        if self._own is not None:
-            return self._generate(self._own, requests, sampling)
-        assert self.backend is not None
-        with self.backend.inference_module() as module:
+        with self.network() as module:
             return self._generate(module, requests, sampling)
 
     def _generate(self, module: nn.Module, requests: Sequence[GenerationRequest], sampling: Any) -> Rollouts:
@@ -120,22 +97,6 @@ class HfEngine(RolloutEngine):
         )
         rollouts.samples = self.policy.decode(rollouts, requests)
         return rollouts
-
-    @torch.no_grad()
-    def update_weights(self, weights: Iterator[Bucket] | None, version: int) -> None:
-        self._version = version
-        if self._own is None:
-            assert weights is None
-            return
-        assert weights is not None
-        targets = {self.policy.weight_name(n): p for n, p in self._own.named_parameters()}
-        for bucket in weights:
-            for name, tensor in bucket:
-                if name not in targets:
-                    raise RolloutError(f"weight {name!r} has no place in the engine's copy of {self.policy.model.path}")
-                targets.pop(name).copy_(tensor)
-        if targets:
-            raise RolloutError(f"the weight stream left out {sorted(targets)[:3]} ({len(targets)} in all)")
 
 
 def _turns(requests: Sequence[GenerationRequest], max_rows: int) -> Iterator[slice]:

@@ -16,3 +16,18 @@ class HfOptions(Spec):
     """Precision of own weights; the model's when not set."""
     max_rows: Positive = 512
     """Samples generated at once; more are generated in turns, whole groups at a time."""
+
+
+class FlowEngineOptions(Spec):
+    """Denoising with the policy's own network."""
+
+    weights: Literal["shared", "own"] = "shared"
+    """shared: denoise with the training network, which is then not held twice; own: a copy, updated every step."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Precision of own weights; the model's when not set."""
+    max_rows: Positive = 256
+    """Samples denoised at once; more are denoised in turns. Lower it when memory is short."""
+    decode_rows: Positive = 8
+    """Samples decoded at once."""
+    vae_tiling: bool = False
+    """Decode in tiles: less memory for large pictures and video, with seams that the VAE blends."""

@@ -22,7 +22,8 @@ A plugin's tests subclass one class a component and run it with pytest::
 
 Every check is one test method whose docstring says what the core relies on. A component that is not available on the
 machine is skipped with its probe's reason; its declaration is checked all the same. `mmrl_core.testing.tiny` and
-`mmrl_core.testing.texts` hold the tiny model, recipe and rollouts that the checks use, for tests of your own.
+`mmrl_core.testing.texts` hold the tiny model, recipe and rollouts that the checks use, for tests of your own;
+`mmrl_core.testing.tiny_pipelines` writes tiny pipelines for images and video.
 """
 
 import sys

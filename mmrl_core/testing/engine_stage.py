@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 import pytest
 
 from mmrl_core.contracts import GenerationRequest, Prompt, RolloutEngine, TrainingBackend
-from mmrl_core.grpo.collect import seed_of
+from mmrl_core.grpo.collect import request
 from mmrl_core.hookspecs import Component
 from mmrl_core.plugins import import_string, load_plugins
 from mmrl_core.testing.stage import Cast, Rank
@@ -51,18 +51,10 @@ class Studio:
 
     def requests(self, prompts: int, group_size: int, *, first: int = 0, step: int = 1) -> list[GenerationRequest]:
         """Requests for `prompts` questions; sample ids and seeds as in a run."""
-        made = []
-        for group in range(first, first + prompts):
-            ids = tuple(range(group * group_size, (group + 1) * group_size))
-            made.append(
-                GenerationRequest(
-                    prompt=QUESTIONS[group % len(QUESTIONS)],
-                    group_id=group,
-                    sample_ids=ids,
-                    seeds=tuple(seed_of(0, step, i) for i in ids),
-                )
-            )
-        return made
+        return [
+            request(0, step, QUESTIONS[group % len(QUESTIONS)], group, group_size)
+            for group in range(first, first + prompts)
+        ]
 
     def sampling(self, **overrides: Any) -> Any:
         """The policy's sampling options of the recipe with these changes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, ClassVar, Literal
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint import state_dict_saver
 
 from mmrl_core.contracts import ActionStats, GenerationRequest, Prompt, Rollouts, TokenPolicy
 from mmrl_core.errors import DataError, ModelError
@@ -118,7 +120,10 @@ class PolicyConformance(ComponentConformance):
         tokens = easel.policy.tokenizer("42", add_special_tokens=False).input_ids
         rollouts = text_rollouts(easel.policy, (1, 1, 1), longest=len(tokens) + 1)
         rollouts.payload["response_ids"][0] = torch.tensor([*tokens, min(easel.policy.eos_ids)])
-        requests = [GenerationRequest(prompt=p, group_id=p.index, sample_ids=(p.index,), seeds=(0,)) for p in prompts]
+        requests = [
+            GenerationRequest(prompt=p, group_id=p.index, sample_ids=(p.index,), seeds=(0,), group_seed=0)
+            for p in prompts
+        ]
         samples = easel.policy.decode(rollouts, requests)
         assert [s.prompt for s in samples] == prompts
         assert samples[0].text == "42"
@@ -128,9 +133,23 @@ class PolicyConformance(ComponentConformance):
 
     def test_lengths_are_those_of_the_rows(self, easel: Easel) -> None:
         """Token counts of the metrics."""
-        prompts, responses = easel.policy.lengths(easel.rollouts)
+        lengths = easel.policy.lengths(easel.rollouts)
+        assert lengths is not None, "a text policy counts tokens"
+        prompts, responses = lengths
         assert prompts == [len(ids) for ids in easel.rollouts.payload["prompt_ids"]]
         assert responses == easel.rollouts.mask.sum(-1).tolist()
+
+    def test_weights_of_another_folder_are_taken(self, easel: Easel, tmp_path: Path) -> None:
+        """`model.init_from` replaces the weights of `model.path`; adapters come on top of them."""
+        other = {name: tensor + 0.01 for name, tensor in easel.plain.state_dict().items()}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            state_dict_saver.save({"model": other}, checkpoint_id=tmp_path / "dcp", no_dist=True)
+        for lora in (None, {"rank": 2, "alpha": 4.0}) if self.lora else (None,):
+            policy = self.make(easel.folder, {"init_from": str(tmp_path / "dcp"), "lora": lora})
+            loaded = {policy.weight_name(n): p for n, p in policy.load(torch.float32).named_parameters()}
+            same = [name for name in loaded if name in other and torch.equal(loaded[name], other[name])]
+            assert len(same) == len(list(easel.plain.parameters())), "weights are not those of model.init_from"
 
     def test_network_runs_functions(self, easel: Easel) -> None:
         """Sharding backends see every use as one forward of the root: `module(function, *args)`."""

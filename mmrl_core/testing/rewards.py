@@ -7,9 +7,11 @@ import pickle
 from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
+import numpy as np
 import pytest
 
 from mmrl_core.contracts import Prompt, Reward, RewardResult, Sample
+from mmrl_core.plugins import Selected
 from mmrl_core.recipe import RewardChoice
 from mmrl_core.rewards.checks import check_results
 from mmrl_core.rewards.creation import create_reward
@@ -43,8 +45,35 @@ TEXTS = (
 """Right, wrong, empty, long and odd answers to one question."""
 
 
+def picture_sample(*shape: int, question: str = "a red dog on a beach", sample_id: int = 0) -> Sample:
+    """A sample of noise: an image of `shape` (H, W), or a video of `shape` (frames, H, W). Its id is its seed."""
+    pixels = np.random.default_rng(sample_id).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    return Sample(
+        sample_id=sample_id,
+        group_id=sample_id // 2,
+        prompt=Prompt(index=sample_id // 2, text=question, origin=f"check:{sample_id}"),
+        image=pixels if len(shape) == 2 else None,
+        video=pixels if len(shape) == 3 else None,
+        length=8,
+    )
+
+
+IMAGES = tuple(
+    picture_sample(height, width, sample_id=i)
+    for i, (height, width) in enumerate([(64, 64), (40, 64), (97, 33), (1, 1), (64, 64)])
+)
+"""For `samples` of an image reward: square, wide, tall and tiny."""
+
+VIDEOS = tuple(
+    picture_sample(frames, height, width, sample_id=10 + i)
+    for i, (frames, height, width) in enumerate([(5, 32, 32), (1, 24, 40), (9, 40, 24)])
+)
+"""For `samples` of a video reward: several frames, one frame, several shapes."""
+
+
 class RewardConformance(ComponentConformance):
-    """Subclass it as `Test...`; name the `component` (its word, or the Component when it is not installed)."""
+    """Subclass it as `Test...`; name the `component` (its word, or the Component when it is not installed). A reward
+    that needs files overrides `make_options`."""
 
     kind = "reward"
     samples: ClassVar[Sequence[Sample]] = tuple(text_sample(text, sample_id=i) for i, text in enumerate(TEXTS))
@@ -60,10 +89,16 @@ class RewardConformance(ComponentConformance):
 
     @pytest.fixture(scope="class")
     @classmethod
-    def reward(cls) -> Iterator[Reward]:
-        """The reward, created and set up as in a run; skipped where it is not available."""
+    def chosen(cls, tmp_path_factory: pytest.TempPathFactory) -> Selected:
+        """The component with its options, where it is available."""
         cls.require_available()
-        made = create_reward(cls.selected())
+        return cls.selected(cls.make_options(tmp_path_factory.mktemp("conformance")))
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def reward(cls, chosen: Selected) -> Iterator[Reward]:
+        """The reward, created and set up as in a run."""
+        made = create_reward(chosen)
         made.setup(cls.device)
         made.onload()
         yield made
@@ -124,32 +159,30 @@ class RewardConformance(ComponentConformance):
         reward.onload()
         assert not self.deterministic or self._close(self._values(reward.score(self.samples)), before)
 
-    def test_options_survive_pickling(self) -> None:
+    def test_options_survive_pickling(self, chosen: Selected) -> None:
         """Options are data."""
-        options = self.selected().options
+        options = chosen.options
         assert pickle.loads(pickle.dumps(options)) == options  # noqa: S301 - just pickled here
 
-    def test_worker_gives_the_same_results(self, reward: Reward) -> None:
+    def test_worker_gives_the_same_results(self, reward: Reward, chosen: Selected) -> None:
         """By default a reward runs in a worker process that may be killed: it is set up there from its word and
         options, gets pickled samples, and says the same as in this process."""
         inline = self._values(reward.score(self.samples))
-        scored = self._execute("worker", self.samples)
+        scored = self._execute("worker", chosen, self.samples)
         values = [one.value for one in scored]
         assert not self.deterministic or self._close(values, inline), mismatches(list(zip(values, inline, strict=True)))
         assert all((one.value is None) == (one.failure is not None) for one in scored)
 
-    def test_a_sample_of_another_kind_is_no_number(self) -> None:
+    def test_a_sample_of_another_kind_is_no_number(self, chosen: Selected) -> None:
         """A sample without text, image, video or answer is failed or scored; the run goes on either way."""
-        self.require_available()
         empty = Sample(sample_id=0, group_id=0, prompt=Prompt(index=0, text="?", origin="check:empty"))
-        (scored,) = self._execute("inline", [empty])
+        (scored,) = self._execute("inline", chosen, [empty])
         assert (scored.value is None) == (scored.failure is not None)
 
-    def _execute(self, run: str, samples: Sequence[Sample]) -> list[Scored]:
+    def _execute(self, run: str, chosen: Selected, samples: Sequence[Sample]) -> list[Scored]:
         """Score through the executor, as a run does."""
-        selected = self.selected()
-        choice = RewardChoice.model_validate({"name": selected.found.name, "run": run, "device": self.device})
-        with RewardExecutor([choice], [selected], self.device) as executor:
+        choice = RewardChoice.model_validate({"name": chosen.found.name, "run": run, "device": self.device})
+        with RewardExecutor([choice], [chosen], self.device) as executor:
             executor.setup()
             return executor.score(samples)
 
@@ -157,4 +190,7 @@ class RewardConformance(ComponentConformance):
         return [result.value for result in check_results(results, len(results))]
 
     def _close(self, left: Sequence[float | None], right: Sequence[float | None]) -> bool:
-        return list(left) == pytest.approx(list(right), abs=self.tolerance, rel=self.tolerance)
+        known = [value for value in right if value is not None]
+        return [value is None for value in left] == [value is None for value in right] and [
+            value for value in left if value is not None
+        ] == pytest.approx(known, abs=self.tolerance, rel=self.tolerance)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmrl_core.contracts import DeviceOps, RolloutEngine, RunContext, TokenPolicy, TrainingBackend, TrainingSpec
+from mmrl_core.contracts import DeviceOps, RolloutEngine, RunContext, TrainingBackend, TrainingSpec
 from mmrl_core.launch import components
 from mmrl_core.launch.distributed import connect, disconnect
 from mmrl_core.plugins import Selection, load_plugins, resolve
@@ -54,9 +54,6 @@ class Rank:
         recipe, source = load_recipe(path)
         selection = resolve(recipe, source)
         policy = components.create_policy(selection, recipe.model)
-        assert isinstance(policy, TokenPolicy), (
-            f"these checks are about text; {type(policy).__name__} is another policy"
-        )
         self.device.seed(recipe.seed)
         return Cast(
             recipe=recipe,
@@ -72,7 +69,8 @@ class Cast:
 
     recipe: Recipe
     selection: Selection
-    policy: TokenPolicy
+    policy: Any
+    """A TokenPolicy or a DenoisingPolicy, as the recipe says."""
     context: RunContext
 
     def backend(self, *, reference: bool = False) -> TrainingBackend:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import math
 from collections.abc import Mapping, Sequence
@@ -10,6 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import pluggy
 import pytest
 
@@ -38,11 +38,27 @@ def step_metrics(step: int) -> Mapping[str, float]:
     )
 
 
+def evaluation_metrics() -> Mapping[str, float]:
+    """What a held-out evaluation has to say."""
+    return MappingProxyType({"eval/score/mean": 0.25, "eval/prompts": 2.0})
+
+
 def odd_samples() -> list[Sample]:
-    """Samples whose text looks like markup, is empty, or is missing (an image model's)."""
+    """Samples whose text looks like markup, is empty, or is missing; images and videos, tiny and of odd sizes."""
     prompt = Prompt(index=0, messages=({"role": "user", "content": "What is [red]*2+2*[/red]?"},), answer="4")
     texts = ("[bold]4", "", None, "</s> \x00 ∞ \N{GRINNING FACE}", "line\n" * 3)
-    return [Sample(sample_id=i, group_id=0, prompt=prompt, text=text) for i, text in enumerate(texts)]
+    written = [Sample(sample_id=i, group_id=0, prompt=prompt, text=text) for i, text in enumerate(texts)]
+    drawn = Prompt(index=1, text="[i]a red fox[/i], \N{CJK UNIFIED IDEOGRAPH-72D0} " + "and another " * 50)
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 41, 7, 3), dtype=np.uint8)
+    pictures: list[dict[str, Any]] = [{"image": pixels[0]}, {"image": pixels[0, :1, :1]}, {"video": pixels}]
+    return written + [
+        Sample(sample_id=len(texts) + i, group_id=1, prompt=drawn, **picture) for i, picture in enumerate(pictures)
+    ]
+
+
+def fingerprint(samples: Sequence[Sample]) -> str:
+    """Changes when anything in the samples does, pixels included."""
+    return repr([(s, *(p.tobytes() for p in (s.image, s.video) if p is not None)) for s in samples])
 
 
 class WriterConformance(ComponentConformance):
@@ -62,8 +78,17 @@ class WriterConformance(ComponentConformance):
         return cls.selected().create()
 
     @classmethod
-    def play(cls, writer: Any, run_dir: Path, first: int, last: int, summary: Mapping[str, Any] | None) -> None:
+    def play(
+        cls,
+        writer: Any,
+        run_dir: Path,
+        first: int,
+        last: int,
+        summary: Mapping[str, Any] | None,
+        samples: Sequence[Sample] | None = None,
+    ) -> None:
         """The lifecycle of one session; without a summary the process died."""
+        samples = odd_samples() if samples is None else samples
         recipe = Recipe.model_validate(tiny_recipe("a/model", run_dir, algorithm={"steps": STEPS}))
         manager = pluggy.PluginManager(PROJECT)
         manager.add_hookspecs(LifecycleHooks)
@@ -71,8 +96,12 @@ class WriterConformance(ComponentConformance):
         manager.check_pending()
         run_dir.mkdir(parents=True, exist_ok=True)
         manager.hook.mmrl_run_start(recipe=recipe, run_dir=str(run_dir), first_step=first)
+        if first == 1:
+            manager.hook.mmrl_evaluation_end(step=0, metrics=evaluation_metrics(), samples=samples)
         for step in range(first, last + 1):
-            manager.hook.mmrl_step_end(step=step, metrics=step_metrics(step), samples=odd_samples())
+            if step % 2 == 0:
+                manager.hook.mmrl_evaluation_end(step=step, metrics=evaluation_metrics(), samples=samples)
+            manager.hook.mmrl_step_end(step=step, metrics=step_metrics(step), samples=samples)
         if summary is not None:
             manager.hook.mmrl_run_end(summary=summary)
 
@@ -91,12 +120,12 @@ class WriterConformance(ComponentConformance):
         manager.check_pending()
 
     def test_whole_run(self, tmp_path: Path) -> None:
-        """start, steps, end; values that are not finite and odd samples are no reason to stop a run. What it is given
-        is read-only, and stays as it was."""
+        """start, an evaluation, steps, end; values that are not finite and odd samples are no reason to stop a run.
+        What it is given is read-only, and stays as it was."""
         samples = odd_samples()
-        before = copy.deepcopy(samples)
-        self.play(self.create(), tmp_path / "run", 1, STEPS, SUMMARY)
-        assert samples == before
+        before = fingerprint(samples)
+        self.play(self.create(), tmp_path / "run", 1, STEPS, SUMMARY, samples)
+        assert fingerprint(samples) == before, "a writer may not change samples"
         self._compare(tmp_path / "run", range(1, STEPS + 1))
 
     def test_resumed_run(self, tmp_path: Path) -> None:

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from mmrl_core.checkpoint.weight_files import replaced_folder, write_weights
 from mmrl_core.contracts import Bucket
 from mmrl_core.errors import ModelError
 
 if TYPE_CHECKING:
-    from mmrl_core.recipe import LoraSpec, ModelSpec
+    from mmrl_core.recipe import ModelSpec
 
 log = logging.getLogger("mmrl.model")
-
-SHARD_BYTES = 4 << 30
 
 
 def load_tokenizer(spec: ModelSpec) -> Any:
@@ -129,95 +126,22 @@ def check_head(model: Any, path: str) -> None:
         )
 
 
-# --------------------------------------------------------------------------------------------------------------- LoRA
-
-
-def add_adapters(model: Any, spec: LoraSpec) -> Any:
-    """Inject peft LoRA layers in place and freeze everything else. Raises ModelError without peft."""
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise ModelError("model.lora needs peft. Cure: pip install 'mmrl-core[lora]'") from error
-    config = LoraConfig(
-        r=spec.rank,
-        lora_alpha=spec.alpha,
-        target_modules=spec.target_modules,
-        lora_dropout=spec.dropout,
-        task_type="CAUSAL_LM",
-    )
-    try:
-        model = inject_adapter_in_model(config, model)
-    except ValueError as error:
-        raise ModelError(f"model.lora.target_modules {spec.target_modules!r}: {error}") from error
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_("lora_" in name)
-    return model
-
-
-def set_adapters(module: nn.Module, *, enabled: bool) -> None:
-    """Switch every LoRA layer below `module` on or off."""
-    layers: list[Any] = [child for child in module.modules() if hasattr(child, "lora_A")]
-    for layer in layers:
-        layer.enable_adapters(enabled)
-
-
 # ------------------------------------------------------------------------------------------------------------- saving
 
 
 def save_folder(directory: Path, weights: Iterable[Bucket], spec: ModelSpec, tokenizer: Any) -> None:
     """Stream weights into an ordinary folder: safetensors shards, index, config, generation config, tokenizer.
 
-    The folder is written beside its final place and renamed. Raises ModelError when it exists and is not ours.
+    The folder is written beside its final place and renamed; one that is there is replaced.
     """
-    from safetensors.torch import save_file
-
-    partial = directory.with_name(f".{directory.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     dtype = getattr(torch, spec.dtype)
-    files: list[Path] = []
-    keys: list[list[str]] = []
-    shard: dict[str, Tensor] = {}
-    size = total = 0
-
-    def flush() -> None:
-        file = partial / f"model-{len(files) + 1:05d}.safetensors"
-        save_file(shard, file, metadata={"format": "pt"})
-        files.append(file)
-        keys.append(list(shard))
-
-    for bucket in weights:
-        for name, tensor in bucket:
-            bytes_ = tensor.numel() * dtype.itemsize
-            if shard and size + bytes_ > SHARD_BYTES:
-                flush()
-                shard, size = {}, 0
-            shard[name] = tensor.detach().to("cpu", dtype).contiguous()
-            size += bytes_
-            total += bytes_
-    flush()
-    _name_shards(partial, files, keys, total)
-    config = load_config(spec)
-    config.dtype = dtype
-    config.save_pretrained(partial)
-    _copy_generation_config(spec, partial)
-    tokenizer.save_pretrained(partial)
-    if directory.exists():
-        shutil.rmtree(directory)
-    partial.rename(directory)
-
-
-def _name_shards(folder: Path, files: list[Path], keys: list[list[str]], total: int) -> None:
-    if len(files) == 1:
-        files[0].rename(folder / "model.safetensors")
-        return
-    index: dict[str, str] = {}
-    for number, (file, names) in enumerate(zip(files, keys, strict=True), start=1):
-        final = f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        file.rename(folder / final)
-        index.update(dict.fromkeys(names, final))
-    text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2)
-    (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+    with replaced_folder(directory) as partial:
+        write_weights(partial, weights, dtype, stem="model")
+        config = load_config(spec)
+        config.dtype = dtype
+        config.save_pretrained(partial)
+        _copy_generation_config(spec, partial)
+        tokenizer.save_pretrained(partial)
 
 
 def _copy_generation_config(spec: ModelSpec, folder: Path) -> None:

@@ -13,6 +13,7 @@ class TestFsdp2(BackendConformance):
     equivalent_options: ClassVar[Sequence[Mapping[str, Any]]] = (
         {"micro_batch_groups": 2},
         {"micro_batch_groups": 3},
+        {"micro_batch_samples": 2},
         {"activation_checkpointing": True},
     )
 

@@ -33,6 +33,7 @@ def finished(shared_workshop):
         "eval.data={name: arithmetic, largest: 9, split: test}",
         "eval.prompts=10",
         "eval.every=2",
+        "eval.first=true",
         "writers=[console, jsonl, tensorboard]",
     )
     return shared_workshop, done
@@ -51,6 +52,13 @@ def test_the_run_folder_holds_everything(finished) -> None:
     assert summary["outcome"] == "finished"
     assert summary["steps"] == 4
     assert "step 4/4" in done.out
+    assert "before training" in done.out
+    rows = workshop.metrics("one")
+    assert summary["eval"]["score"] == rows[-1]["eval/score/mean"]
+    assert summary["eval"]["rewards"] == {n: rows[-1][f"eval/reward/{n}/mean"] for n in ("numeric", "length")}
+    for found in (summary["eval"], summary["eval"]["first"]):
+        assert found["prompts"] == 10
+        assert found["score"] == pytest.approx(found["rewards"]["numeric"] + 0.5 * found["rewards"]["length"])
     recipe, _ = load_recipe(folder / "recipe.yaml")
     assert recipe.algorithm.steps == 4
 
@@ -66,6 +74,7 @@ def test_every_metric_of_the_table_is_there_and_the_times_add_up(finished) -> No
         assert row["e2e_tps"] == pytest.approx(
             (row["prompt_length/mean"] + row["response_length/mean"]) * 12 / row["timing/all"]
         )
+        assert row["perf/samples_per_second"] == pytest.approx(12 / row["timing/all"])
         assert row["grpo/score/mean"] == pytest.approx(
             row["reward/numeric/mean"] + 0.5 * row["reward/length/mean"], abs=1e-9
         )
@@ -110,6 +119,19 @@ def test_export_command_writes_the_same_weights(finished) -> None:
     assert "exists" in refused.err
 
 
+def test_evaluation_of_folders_shows_each_reward(finished) -> None:
+    workshop, _ = finished
+    options = ["eval.data={name: arithmetic, largest: 9, split: test}", "eval.prompts=10", "run_dir=one"]
+    done = workshop.mmrl("eval", str(workshop.recipe), *options, "--output", "eval.json")
+    assert done.status == 0, done.all
+    report = json.loads((workshop.folder / "eval.json").read_text())
+    summary = json.loads((workshop.folder / "one" / "summary.json").read_text())["eval"]
+    for model, found in zip(report["models"], (summary["first"], summary), strict=True):
+        assert model["score"] == pytest.approx(found["score"])
+        assert model["rewards"] == pytest.approx(found["rewards"])
+        assert f"numeric {model['rewards']['numeric']:.4f}  length {model['rewards']['length']:.4f}" in done.out
+
+
 def test_a_finished_run_is_left_alone(finished) -> None:
     workshop, _ = finished
     before = (workshop.folder / "one" / "metrics.jsonl").read_bytes()
@@ -132,6 +154,34 @@ def test_two_ranks_learn_what_one_learns(finished) -> None:
     weights, other = workshop.weights("single"), workshop.weights("double")
     for name, tensor in weights.items():
         assert torch.allclose(tensor, other[name], rtol=1e-4, atol=1e-5), name
+
+
+def test_minibatches_of_samples_do_not_depend_on_ranks(shared_workshop) -> None:
+    """Fewer prompts than ranks in the first step: one rank has a spare row only, and it counts nothing."""
+    options = ["algorithm.prompts_per_step=1", "algorithm.minibatches=2", "algorithm.minibatch_split=samples"]
+    options += ["algorithm.steps=3", "algorithm.kl.coef=0.1", "backend.micro_batch_samples=2"]
+    shared_workshop.train("samples1", *options)
+    shared_workshop.train("samples2", *options, "launcher.processes=2", "launcher.name=local")
+    one, two = shared_workshop.metrics("samples1"), shared_workshop.metrics("samples2")
+    for a, b in zip(one, two, strict=True):
+        assert a["policy_version"] == 2.0 * (a["step"] - 1)
+        for name in (n for n in a if not is_volatile(n)):
+            assert a[name] == pytest.approx(b[name], rel=2e-4, abs=2e-5), (a["step"], name)
+    weights, other = shared_workshop.weights("samples1"), shared_workshop.weights("samples2")
+    assert all(torch.allclose(t, other[n], rtol=1e-4, atol=1e-5) for n, t in weights.items())
+
+
+def test_a_resumed_run_evaluates_before_training_once(shared_workshop) -> None:
+    options = ["eval.data={name: arithmetic, largest: 9, split: test}", "eval.prompts=4", "eval.every=2"]
+    options += ["eval.first=true", "writers=[console]", "checkpoint.export=false"]
+    first = shared_workshop.train("halves", *options, "algorithm.steps=1", "checkpoint.every=1")
+    assert "before training" in first.out
+    before = json.loads((shared_workshop.folder / "halves" / "summary.json").read_text())["eval"]
+    second = shared_workshop.train("halves", *options, "algorithm.steps=2")
+    assert "before training" not in second.out
+    after = json.loads((shared_workshop.folder / "halves" / "summary.json").read_text())["eval"]
+    assert after["first"] == before["first"]
+    assert before["score"] is not None
 
 
 def test_torchrun_is_the_local_launcher_bit_for_bit(shared_workshop) -> None:
@@ -170,6 +220,18 @@ def test_torchrun_is_the_local_launcher_bit_for_bit(shared_workshop) -> None:
         ["model.lora={rank: 4}", "algorithm.kl={coef: 0.05}", "algorithm.epochs=2"],
         ["rollout.weights=own", "backend.activation_checkpointing=true", "algorithm.truncated=mask"],
         ["model.dtype=bfloat16", "algorithm.importance={level: token}", "algorithm.old_log_probs=recompute"],
+        [
+            "algorithm.minibatch_split=samples",
+            "algorithm.minibatches=4",
+            "algorithm.prompts_per_step=1",
+            "backend.micro_batch_samples=3",
+        ],
+        [
+            "algorithm.advantage={combine: advantages, clamp: 3}",
+            "algorithm.dynamic_sampling={max_rounds: 2}",
+            "algorithm.shuffle_rewards=true",
+            "rewards.2={name: length, label: watched, run: inline, maximum: 3, ramp: 2, weight: 0}",
+        ],
         ["algorithm.truncated=drop", "sampling.top_p=0.9", "sampling.top_k=20", "algorithm.old_log_probs=behaviour"],
     ],
     ids=lambda o: o[0].split("=")[0] + "=" + o[0].split("=", 1)[1][:16],

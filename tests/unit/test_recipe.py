@@ -73,6 +73,31 @@ def test_minimal_recipe_and_component_forms(write: Any) -> None:
         ("  path: some/model", "  path: a\n  lora: {dropout: 0.1}", 3, ["model.lora.dropout"]),
         ("  path: some/model", "  path: &a [*a]", 2, ["contains itself"]),
         ("steps: 3", "steps: 3\n  minibatches: 9", 6, ["algorithm", "minibatches (9) exceed prompts_per_step (4)"]),
+        (
+            "steps: 3",
+            "steps: 3\n  minibatches: 3\n  minibatch_split: samples",
+            6,
+            ["algorithm", "minibatches (3) exceed samples_per_prompt (2)"],
+        ),
+        (
+            "steps: 3",
+            "steps: 3\n  kl: {coef: 0.1, where: reward}\n  advantage: {combine: advantages}",
+            6,
+            ["kl.where: reward", "advantage.combine: advantages never forms", "use kl.where: loss"],
+        ),
+        (
+            "  - exact",
+            "  - exact\n  - length\n  - {name: exact, weight: 2}",
+            4,
+            ["rewards.0 (exact) and rewards.2 (exact) are both called 'exact'", "`label`"],
+        ),
+        (
+            "  - exact",
+            "  - exact\n  - {name: length, label: exact}",
+            4,
+            ["rewards.0 (exact) and rewards.1 (length) are both called 'exact'"],
+        ),
+        ("  - exact", "  - {name: exact, label: a/b}", 5, ["rewards.0.label", "'a/b'"]),
     ],
 )
 def test_mistakes_are_named_with_their_line(write: Any, old: str, new: str, line: int, said: list[str]) -> None:
@@ -81,6 +106,21 @@ def test_mistakes_are_named_with_their_line(write: Any, old: str, new: str, line
     assert f"{path}:{line}: " in message
     for words in said:
         assert words in message
+
+
+def test_minibatches_of_samples_may_be_more_than_the_prompts(write: Any) -> None:
+    text = MINIMAL.replace("prompts_per_step: 4", "prompts_per_step: 1\n  minibatches: 2\n  minibatch_split: samples")
+    recipe, _ = load_recipe(write(text))
+    assert recipe.algorithm.updates_per_rollout == 2
+
+
+def test_a_label_names_a_reward_that_is_used_twice(write: Any) -> None:
+    text = MINIMAL.replace("  - exact", "  - exact\n  - {name: exact, label: strict, strict: true, weight: 0}")
+    recipe, _ = load_recipe(write(text))
+    assert [r.shown_name for r in recipe.rewards] == ["exact", "strict"]
+    assert recipe.rewards[1].options == {"strict": True}
+    again, _ = load_recipe(write(recipe_yaml(recipe)))
+    assert again == recipe
 
 
 def test_every_problem_is_listed(write: Any) -> None:
@@ -211,6 +251,8 @@ texts = st.text(max_size=12) | st.sampled_from(
         "a: b",
         "#c",
         "é\n x ",
+        "...",
+        "---",
         "",
     ]
 )

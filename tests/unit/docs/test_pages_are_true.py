@@ -87,12 +87,16 @@ def test_every_recipe_of_the_repository_is_right(path: Path, capsys: pytest.Capt
 
 
 def test_every_snippet_is_a_right_recipe(pages: Any, plugins: Plugins, tmp_path: Path) -> None:
-    base = yaml.safe_load((ROOT / "recipes" / "quickstart.yaml").read_text(encoding="utf-8"))
+    text, image = (
+        yaml.safe_load((ROOT / "recipes" / name).read_text(encoding="utf-8"))
+        for name in ("quickstart.yaml", "quickstart_image.yaml")
+    )
     blocks = pages.blocks("yaml")
     assert len(blocks) > 20
     for block in blocks:
         given = yaml.safe_load(block.text)
         assert isinstance(given, dict), block
+        base = image if given.get("rollout") == "flow" else text
         whole = given if set(given) >= COMPLETE else merged(base, given)
         file = tmp_path / "recipe.yaml"
         file.write_text(yaml.safe_dump(whole), encoding="utf-8")

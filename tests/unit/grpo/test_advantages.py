@@ -11,7 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmrl_core.grpo.advantages import compute_advantages, informative_groups, shuffle_within_groups
+from mmrl_core.grpo.advantages import (
+    combined_advantages,
+    compute_advantages,
+    informative_groups,
+    shuffle_within_groups,
+)
 from mmrl_core.recipe import AdvantageSpec
 
 NAMES = ["grpo", "dr_grpo", "rloo", "global_std"]
@@ -176,3 +181,61 @@ def test_shuffling_reaches_every_permutation_about_equally():
         seen[key] = seen.get(key, 0) + 1
     assert len(seen) == 6
     assert min(seen.values()) > 60
+
+
+# ------------------------------------------------------------------------------------------------ several rewards
+
+
+def columns(seed, scales):
+    tables = [table(seed + i, failures=0.0) for i in range(len(scales))]
+    group_id = tables[0][1]
+    rewards = [[scale * r for r in rewards] for (rewards, _, _), scale in zip(tables, scales, strict=True)]
+    return rewards, group_id, [random.Random(seed).random() >= 0.2 for _ in group_id]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("clamp", [None, 0.7])
+@pytest.mark.parametrize("seed", range(3))
+def test_combined_advantages_are_the_weighted_sum_of_each_rewards_own(name, clamp, seed):
+    weights = (1.0, -0.5, 0.0, 2.0)
+    rewards, group_id, valid = columns(seed, (1.0, 1000.0, 1e9, 0.01))
+    free, spec = AdvantageSpec(name=name, eps=1e-3), AdvantageSpec(name=name, eps=1e-3, clamp=clamp)
+    each = [transcription(column, group_id, valid, free) for column in rewards]
+    want = [sum(w * a for w, a in zip(weights, row, strict=True)) for row in zip(*each, strict=True)]
+    if clamp is not None:
+        want = [max(-clamp, min(clamp, a)) for a in want]
+    got = combined_advantages(
+        torch.tensor(rewards, dtype=torch.float64).T, weights, torch.tensor(group_id), torch.tensor(valid), spec
+    )
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), torch.tensor(want, dtype=torch.float64), rtol=1e-6, atol=1e-7)
+
+
+def test_a_reward_of_large_spread_does_not_drown_another():
+    small, large = [0.0, 0.0, 1.0, 1.0], [300.0, -900.0, 800.0, -400.0]
+    group_id, valid = torch.zeros(4, dtype=torch.int64), torch.ones(4, dtype=torch.bool)
+    both = torch.tensor([small, large], dtype=torch.float64).T
+    alone = compute_advantages(both.sum(1), group_id, valid, AdvantageSpec())
+    torch.testing.assert_close(
+        alone, compute_advantages(both[:, 1], group_id, valid, AdvantageSpec()), atol=2e-3, rtol=0
+    )
+    together = combined_advantages(both, (1.0, 1.0), group_id, valid, AdvantageSpec())
+    assert together[3] > together[1] + 1.5, "the small reward tells these two apart"
+
+
+def test_a_combined_reward_that_is_equal_in_a_group_adds_exactly_nothing():
+    group_id, valid = torch.tensor([0, 0, 0, 1, 1]), torch.ones(5, dtype=torch.bool)
+    rewards = torch.tensor([[0.1, 1.0], [0.1, 2.0], [0.1, 4.0], [0.3, 5.0], [0.5, 5.0]], dtype=torch.float64)
+    spec = AdvantageSpec(eps=0.0)
+    got = combined_advantages(rewards, (1.0, 1.0), group_id, valid, spec)
+    assert torch.equal(got[:3], compute_advantages(rewards[:, 1], group_id, valid, spec)[:3])
+    assert torch.equal(got[3:], compute_advantages(rewards[:, 0], group_id, valid, spec)[3:])
+    assert not combined_advantages(rewards, (0.0, 0.0), group_id, valid, spec).any()
+
+
+def test_one_permutation_shuffles_all_rewards_of_a_group():
+    first, group_id, valid = tensors(*table(5))
+    both = torch.stack([first, 10 * first], dim=1)
+    shuffled = shuffle_within_groups(both, group_id, valid, seed=1)
+    assert torch.equal(shuffled[:, 0], shuffle_within_groups(first, group_id, valid, seed=1))
+    assert torch.equal(shuffled[:, 1], 10 * shuffled[:, 0])

@@ -278,6 +278,63 @@ def test_one_update_per_rollout_has_ratio_exactly_one(name, clip):
     assert again.sums == output.sums
 
 
+# ------------------------------------------------------------------------------------------------ the policy's factor
+
+
+@pytest.mark.parametrize("name", ["ppo_clip", "gspo"])
+@pytest.mark.parametrize("dual_clip", [None, 1.4])
+def test_a_factor_of_two_is_twice_the_advantage(name, dual_clip):
+    # No KL and no entropy here: the factor is on the policy-gradient term.
+    recipe = algorithm(LossSpec(name=name, clip_high=0.3, dual_clip=dual_clip), importance=IMPORTANCE[1])
+    stats, batch = drawn(2, rows=32, reference=False)
+    doubled = build_loss(recipe)(stats, replace(batch, advantages=2 * batch.advantages))
+    weighted = build_loss(recipe)(replace(stats, weight=torch.full(batch.mask.shape, 2.0)), batch)
+    torch.testing.assert_close(weighted.loss, doubled.loss)
+    for got, expected in zip(gradients(weighted.loss, stats), gradients(doubled.loss, stats), strict=True):
+        torch.testing.assert_close(got, expected)
+    assert weighted.sums.keys() == doubled.sums.keys()
+    for key in weighted.sums:
+        torch.testing.assert_close(weighted.sums[key], doubled.sums[key])
+
+
+def test_factors_touch_the_policy_gradient_only():
+    recipe = algorithm(LossSpec(entropy_coef=0.05), KlSpec(coef=0.1))
+    stats, batch = drawn(3)
+    loss = build_loss(recipe)
+    plain, ones = loss(stats, batch), loss(replace(stats, weight=torch.ones(batch.mask.shape)), batch)
+    assert torch.equal(ones.loss, plain.loss)
+    # a different factor for every action, against the sum of single actions
+    factors = torch.rand(batch.mask.shape, generator=torch.Generator().manual_seed(0)) * 3
+    output = loss(replace(stats, weight=factors), batch)
+    only = build_loss(algorithm(LossSpec()))
+    single = [
+        (i, t, only(*take(stats, batch, (slice(i, i + 1), slice(t, t + 1)))).loss.item())
+        for i, t in batch.mask.nonzero().tolist()
+    ]
+    want = plain.loss.item() + sum((factors[i, t].item() - 1) * value for i, t, value in single)
+    assert output.loss.item() == pytest.approx(want, rel=1e-5)
+    assert output.sums["actor/pg_loss"].item() == pytest.approx(
+        sum(factors[i, t].item() * value for i, t, value in single), rel=1e-5
+    )
+    for name in plain.sums:
+        if name != "actor/pg_loss":
+            assert torch.equal(output.sums[name], plain.sums[name]), name
+    entropy = [gradients(x.loss, stats)[1] for x in (output, plain)]
+    assert torch.equal(*entropy)
+
+
+def test_garbage_factors_outside_the_mask_and_gradients_into_factors_do_nothing():
+    stats, batch = drawn(4)
+    loss = build_loss(algorithm())
+    factors = torch.full(batch.mask.shape, 0.5).masked_fill(~batch.mask, math.nan).requires_grad_()
+    output = loss(replace(stats, weight=factors), batch)
+    clean = loss(replace(stats, weight=torch.full(batch.mask.shape, 0.5)), batch)
+    assert torch.equal(output.loss, clean.loss)
+    (into,) = torch.autograd.grad(output.loss, [factors], retain_graph=True, allow_unused=True)
+    assert into is None
+    assert torch.equal(gradients(output.loss, stats)[0], gradients(clean.loss, stats)[0])
+
+
 # ------------------------------------------------------------------------------------------------ invariances
 
 RECIPES = [

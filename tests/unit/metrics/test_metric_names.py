@@ -67,7 +67,7 @@ def test_the_nearest_name_is_suggested() -> None:
 
 def test_volatile_is_time_memory_and_throughput_only() -> None:
     volatile = {metric.name for metric in METRICS if is_volatile(metric.name)}
-    by_unit = {metric.name for metric in METRICS if metric.unit in ("s", "tokens/s/device", "GB")}
+    by_unit = {metric.name for metric in METRICS if metric.unit in ("s", "tokens/s/device", "samples/s", "GB")}
     assert volatile == by_unit | {"perf/mfu"}
     assert reproducible({"timing/all": 1.0, "grad_norm": 2.0, "perf/tokens": 3.0}) == {
         "grad_norm": 2.0,

@@ -40,7 +40,12 @@ SUMMARY: dict[str, Any] = {
     "checkpoint": "runs/demo/checkpoints/step_00000004",
     "export": "runs/demo/export",
     "picture": "runs/demo/progress.png",
-    "eval": {"before": 0.125, "after": 0.5},
+    "eval": {
+        "score": 0.5,
+        "prompts": 8,
+        "rewards": {"exact": 0.5},
+        "first": {"score": 0.125, "rewards": {"exact": 0.125}},
+    },
 }
 
 
@@ -172,7 +177,7 @@ def test_plain_lines_without_a_terminal(recipe: Recipe, tmp_path: Path) -> None:
     assert "0.250 -> 0.750 (+0.500" in text
     assert "1:02:05" in text
     assert "12,346" in text
-    assert "before 0.125, after 0.5" in text
+    assert "score 0.125 -> 0.5 (prompts: 8)" in text
     assert "runs/demo/export" in text
     assert "[bold]4[/bold]" in text, "a sample is text, never markup"
 

@@ -1,0 +1,1 @@
+"""Looking at and storing images and videos: what writers, rewards and commands share. Imports no torch."""

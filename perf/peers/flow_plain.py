@@ -1,0 +1,216 @@
+"""Our DanceGRPO step against the plainest PyTorch loop of the same formulas, the two taking turns in one process.
+
+    OMP_NUM_THREADS=1 python perf/peers/flow_plain.py --pairs 10 --threads 1
+    python perf/peers/flow_plain.py --again                 # the plain loop against itself: the noise
+
+Both train the same random network from the same weights on 10 prompts x 16 samples, 16 steps, 9 of them trained, two
+updates. Equal work is checked in every step: rows through the network, rows of them with gradient, optimizer steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import machine
+import torch
+from flow_rig import GROUP, PROMPTS, STEPS, dit_folder, flow_recipe
+from peers.pairs import Spread, summary
+from peers.plain_dance import UPDATES, PlainDance
+from rig import built_run
+
+from mmrl_core.grpo.distribute import Layouts
+from mmrl_core.grpo.run import Run
+from mmrl_core.grpo.step_metrics import step_metrics
+from mmrl_core.grpo.trainer import train_step
+from mmrl_core.policies.flow.dit import ClassConditionalDiT
+
+BAR = 1.05
+"""Ours takes at most this many times as long, at the upper end of the middle half."""
+
+
+@dataclass(kw_only=True)
+class Work:
+    """What one side has done, counted where it happens: in its network and its optimizer."""
+
+    rows: int = 0
+    trained_rows: int = 0
+    updates: int = 0
+    facts: dict[str, Any] = field(default_factory=dict)
+    """Of the last step."""
+
+    def watch(self, network: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Count from now on."""
+
+        def forward(module: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
+            self.rows += len(arguments[0])
+            self.trained_rows += len(arguments[0]) if torch.is_grad_enabled() else 0
+
+        def step(*_: Any) -> None:
+            self.updates += 1
+
+        network.register_forward_pre_hook(forward)
+        optimizer.register_step_post_hook(step)
+
+    @property
+    def done(self) -> tuple[int, int, int]:
+        """(rows, rows with gradient, optimizer steps) so far."""
+        return self.rows, self.trained_rows, self.updates
+
+
+Side = tuple[str, Callable[[], None], Work]
+
+
+def main() -> int:
+    """Exit status 0 when the comparison was valid, whatever came out."""
+    arguments = parse()
+    torch.set_num_threads(arguments.threads)
+    with tempfile.TemporaryDirectory(prefix="mmrl-flow-") as scratch, ExitStack() as stack:
+        folder = Path(scratch)
+        model = dit_folder(folder / "model")
+        second = plain_side("plain", model)
+        if arguments.again:
+            first = plain_side("again", model)
+        else:
+            values = flow_recipe(model, folder)
+            values["model"]["policy"]["steps_at_once"] = arguments.steps_at_once
+            first = our_side(stack.enter_context(built_run(values, folder)))
+        pairs, processor = take_turns(first, second, arguments)
+    names = first[0], second[0]
+    result = {
+        "fingerprint": machine.fingerprint(arguments.threads),
+        "versions": machine.versions(["mmrl-core", "torch"]),
+        "commit": machine.commit(),
+        "load_average": machine.load_average(),
+        "job": {
+            "prompts": PROMPTS,
+            "group": GROUP,
+            "steps": STEPS,
+            "updates": UPDATES,
+            "steps_at_once": arguments.steps_at_once,
+        },
+        "rows_per_step": first[2].rows // (arguments.pairs + arguments.warmup),
+        "pairs": pairs,
+        "processor_pairs": processor,
+        "last_step": {side[0]: side[2].facts for side in (first, second)},
+        "summary": summary(*names, pairs),
+        "processor_summary": summary(*names, processor),
+    }
+    report(*names, result)
+    target = arguments.out or machine.REPOSITORY / "runs" / "perf" / f"flow_{names[0]}_{names[1]}.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(f"written to {target}")
+    return 0
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=10, help="measured pairs of steps")
+    parser.add_argument("--warmup", type=int, default=2, help="pairs before them that are not counted")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="computing threads of both")
+    parser.add_argument("--steps-at-once", type=int, default=1, help="ours: denoising steps in one forward; plain: 1")
+    parser.add_argument("--again", action="store_true", help="the plain loop against itself")
+    parser.add_argument("--out", type=Path, help="JSON file; default runs/perf/flow_FIRST_SECOND.json")
+    arguments = parser.parse_args()
+    if arguments.pairs < 1 or arguments.warmup < 0 or arguments.threads < 1 or arguments.steps_at_once < 1:
+        parser.error("--pairs, --threads and --steps-at-once must be at least 1, --warmup at least 0")
+    return arguments
+
+
+def plain_side(name: str, model: Path) -> Side:
+    """The plain loop."""
+    plain, work = PlainDance(model), Work()
+    work.watch(plain.network, plain.optimizer)
+
+    def step() -> None:
+        done = plain.step()
+        work.facts = {"reward": done.reward, "grad_norm": done.grad_norm}
+
+    return name, step, work
+
+
+def our_side(run: Run) -> Side:
+    """The loop's own step, from drawing prompts to metrics; nothing is written."""
+    backend: Any = run.backend
+    layouts, work = Layouts.gather(run.world, run.engine.replica, run.backend.replica), Work()
+    (network,) = (part for part in backend.module.modules() if isinstance(part, ClassConditionalDiT))
+    work.watch(network, backend.optimizer.torch_optimizer)
+
+    def step() -> None:
+        run.progress.step += 1
+        learned, batch = train_step(run, run.progress.step, layouts)
+        metrics = step_metrics(run, batch, learned, run.timers.collect())
+        phases = {name: metrics[f"timing/{name}"] for name in ("rollout", "rule_reward", "update")}
+        work.facts = {"reward": metrics["grpo/score/mean"], "grad_norm": metrics["grad_norm"], "seconds": phases}
+
+    return "ours", step, work
+
+
+def take_turns(
+    first: Side, second: Side, arguments: argparse.Namespace
+) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:  # fmt: skip
+    """A B A B ...: seconds of each measured pair, and seconds of processor time, all threads together.
+
+    Raises SystemExit when the sides did different work.
+    """
+    pairs, processor = [], []
+    for number in range(1, arguments.warmup + arguments.pairs + 1):
+        seconds, busy = [], []
+        for _, step, _ in (first, second):
+            begin, begin_busy = time.perf_counter(), time.process_time()
+            step()
+            seconds.append(time.perf_counter() - begin)
+            busy.append(time.process_time() - begin_busy)
+        check_same_work({side[0]: side[2] for side in (first, second)}, number)
+        counted = number > arguments.warmup
+        label = f"pair {number - arguments.warmup:3d}" if counted else "warm-up "
+        told = f"{first[0]} {seconds[0]:7.3f} s   {second[0]} {seconds[1]:7.3f} s   ratio {seconds[0] / seconds[1]:.3f}"
+        print(f"{label}  {told}   of processor time {busy[0] / busy[1]:.3f}", flush=True)
+        if counted:
+            pairs.append((seconds[0], seconds[1]))
+            processor.append((busy[0], busy[1]))
+    return pairs, processor
+
+
+def check_same_work(sides: dict[str, Work], steps: int) -> None:
+    """Raises SystemExit unless every side has done the work of `steps` steps, no more and no less."""
+    samples = PROMPTS * GROUP
+    trained = samples * int((STEPS - 1) * 0.6)
+    wanted = steps * (samples * STEPS + trained), steps * trained, steps * UPDATES
+    for name, work in sides.items():
+        if work.done != wanted:
+            raise SystemExit(
+                f"after {steps} steps {name} has done (rows, rows with gradient, optimizer steps) {work.done}, "
+                f"not {wanted}"
+            )
+
+
+def report(first: str, second: str, result: dict[str, Any]) -> None:
+    """The outcome for people."""
+    told = result["summary"]
+    ratio = Spread(**told[f"{first}/{second}"])
+    print(f"\n{result['rows_per_step']} rows through the network a step, on both sides; load {result['load_average']}")
+    print(f"seconds a step, median:  {first} {Spread(**told[first]).text(' s', 3)}")
+    print(f"                         {second} {Spread(**told[second]).text(' s', 3)}")
+    print(f"paired ratio {first} / {second}: {ratio.text(digits=3)}")
+    busy = Spread(**result["processor_summary"][f"{first}/{second}"])
+    print(f"the same of processor time, which others on this machine disturb less: {busy.text(digits=3)}")
+    verdict = "within" if ratio.upper_quartile <= BAR else "NOT within"
+    print(f"upper end of the middle half {ratio.upper_quartile:.3f}: {verdict} the bar of {BAR}")
+    print(f"last step: {json.dumps(result['last_step'])}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,92 @@
+"""A step's metrics from its table, with tokens and without."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from mmrl_core.contracts import MemoryStats, Rollouts
+from mmrl_core.grpo.collect import SampleRow, StepBatch
+from mmrl_core.grpo.step_metrics import step_metrics
+from mmrl_core.world import World
+
+TIMING = {"timing/all": 4.0, "timing/update": 2.0, "timing/rollout": 1.0}
+OF_TOKENS = ("prompt_length/", "response_length/", "perf/tokens", "e2e_tps", "update_tps", "vllm_tps")
+
+
+def row(sample: int) -> SampleRow:
+    return SampleRow(
+        group_id=sample // 2,
+        sample_id=sample,
+        holder=0,
+        score=0.5 * sample,
+        drop_group=False,
+        rewards={"right": float(sample), "second:look": 1.0},
+        sub_scores={"right/format": 0.25},
+        prompt_length=10,
+        response_length=sample,
+        actions=3,
+        truncated=sample == 3,
+    )
+
+
+def metrics(table: list[SampleRow], *, ranks: int = 1, timing: dict[str, float] | None = None) -> dict[str, float]:
+    run: Any = SimpleNamespace(
+        recipe=SimpleNamespace(algorithm=SimpleNamespace(dynamic_sampling=None)),
+        progress=SimpleNamespace(cursor=6),
+        source=range(12),
+        world=World(size=ranks),
+        device=SimpleNamespace(memory=lambda: MemoryStats(allocated=None, peak=None, total=None)),
+    )
+    nothing = torch.zeros(0, dtype=torch.int64)
+    rollouts = Rollouts(
+        group_id=nothing,
+        sample_id=nothing,
+        mask=torch.zeros(0, 1, dtype=torch.bool),
+        behaviour_log_probs=torch.zeros(0, 1),
+        truncated=torch.zeros(0, dtype=torch.bool),
+        policy_version=3,
+        payload={},
+    )
+    batch = StepBatch(
+        rollouts=rollouts,
+        table=table,
+        kept=table,
+        samples=[],
+        rounds=1,
+        dropped_equal=0,
+        skipped_prompts=0,
+        facts={"timeouts": 0.0, "restarts": 0.0},
+    )
+    return step_metrics(run, batch, {"actor/lr": 1e-3}, TIMING if timing is None else timing)
+
+
+def test_with_tokens() -> None:
+    found = metrics([row(i) for i in range(4)], ranks=2)
+    assert found["prompt_length/mean"] == 10
+    assert found["response_length/max"] == 3
+    assert found["response_length/truncated_fraction"] == 0.25
+    assert found["perf/tokens"] == 46
+    assert found["e2e_tps"] == pytest.approx(46 / 2 / 4)
+    assert found["perf/samples_per_second"] == 1.0, "all devices together"
+    assert found["reward/second:look/mean"] == 1.0
+    assert found["reward/right/format"] == 0.25
+
+
+def test_without_tokens() -> None:
+    table = [replace(row(i), prompt_length=None, response_length=None) for i in range(4)]
+    found = metrics(table, ranks=2)
+    assert not [name for name in found if name.startswith(OF_TOKENS)]
+    assert found["perf/samples_per_second"] == 1.0
+    with_tokens = metrics([row(i) for i in range(4)], ranks=2)
+    assert found == {name: value for name, value in with_tokens.items() if not name.startswith(OF_TOKENS)}
+
+
+def test_a_rate_without_time_is_unknown() -> None:
+    found = metrics([row(i) for i in range(4)], timing={"timing/all": 0.0})
+    assert "perf/samples_per_second" not in found
+    assert "e2e_tps" not in found
