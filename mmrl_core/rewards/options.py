@@ -133,7 +133,7 @@ class DigitsJudgeOptions(Spec):
     """Options of `digits_judge`: what a second classifier says, which shares nothing with the first."""
 
     score: Literal["probability", "correct"] = "correct"
-    """As for `digits`."""
+    """`correct`: 1 when no digit is likelier than the prompted one, else 0. `probability`: that of the prompted one."""
 
 
 class ReasoningGymRewardOptions(Spec):
