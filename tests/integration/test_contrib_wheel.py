@@ -104,7 +104,7 @@ def test_rewards_are_found_by_name_and_score_in_workers(clean_python: Path) -> N
         from mmrl_core.rewards.executor import RewardExecutor
 
         plugins = load_plugins()
-        ours = ("mmrl-reward-brevity", "mmrl-changeme")  # the surroundings may hold others, seen but not importable here
+        ours = ("mmrl-reward-brevity", "mmrl-changeme")  # the surroundings may hold others
         errors = {p.distribution: p.error for p in plugins.plugins if p.distribution in ours and p.error}
         options = {"brevity": {"half_life_words": 2}, "mmrl-changeme:changeme": {"word": "b"}, "distinct": None}
         chosen = []
