@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 # A package index that serves CPU builds of torch, where the default one would bring several GB of CUDA, for example
 #   make quickstart TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
+# Processes of `make test`; each needs about 2 GB
+TEST_PROCESSES ?= 2
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PLUGINS := $(wildcard plugins/*/pyproject.toml)
 TORCH_FROM := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX),)
@@ -43,9 +45,12 @@ quickstart-image: $(VENV)/.installed ## Teach a small diffusion model to draw th
 	$(BIN)/mmrl train recipes/quickstart_image.yaml
 	@echo "grids: runs/quickstart_image/images/    picture: runs/quickstart_image/progress.png    metrics: runs/quickstart_image/metrics.jsonl"
 
+# In two processes, a file at a time and in order, so that the longest files come first. Tests and the programs that they
+# start compute on one thread each: more of them would wait for one another.
 test: export HF_HUB_OFFLINE := 1
+test: export OMP_NUM_THREADS := 1
 test: lint types docs ## Everything that must hold: style, types, docs, all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 test-fast: export HF_HUB_OFFLINE := 1
 test-fast: $(VENV)/.installed-dev ## The tests that take seconds

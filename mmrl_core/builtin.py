@@ -265,3 +265,24 @@ def mmrl_writers() -> Sequence[Component]:
             probe="mmrl_core.metrics.probes:wandb",
         ),
     ]
+
+
+# ------------------------------------------------------------------------------------------------------- weight formats
+
+
+@hookimpl
+def mmrl_weight_formats() -> Sequence[Component]:
+    """What weights are read from and converted to."""
+    return [
+        Component(
+            name="hf",
+            summary="Hugging Face folders: safetensors with the config of transformers or of a diffusers network",
+            target="mmrl_core.checkpoint.hf_format:HuggingFaceFormat",
+            options="mmrl_core.checkpoint.format_options:HuggingFaceOptions",
+        ),
+        Component(
+            name="dcp",
+            summary="Folders of torch.distributed.checkpoint",
+            target="mmrl_core.checkpoint.dcp_format:DcpFormat",
+        ),
+    ]

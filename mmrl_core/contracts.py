@@ -29,6 +29,9 @@ Record = dict[str, "list[Tensor]"]
 Bucket = Sequence[tuple[str, "Tensor"]]
 """Some weights: (Hugging Face name, full tensor). A weight stream is an iterator of buckets."""
 
+TRAINING = "mmrl_core.launch.worker"
+"""The module whose `main` trains: what launchers run unless they are told otherwise."""
+
 
 # ---------------------------------------------------------------------------------------------- what is passed around
 
@@ -75,11 +78,17 @@ class Sample:
     """Number of actions taken."""
     truncated: bool = False
     """Stopped by the length limit."""
+    score: float | None = None
+    """The weighted sum of the recipe's rewards, for writers. Rewards see None, and it stays None where one failed."""
 
     @property
     def answer(self) -> Any:
         """The prompt's reference answer."""
         return self.prompt.answer
+
+    def shown_score(self) -> str:
+        """What a person reads of the score: four digits, or nothing when there is none."""
+        return "" if self.score is None else f"{self.score:.4g}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -544,10 +553,16 @@ class TrainingBackend(ABC):
     def export_weights(self, form: Literal["merged", "adapter"] = "merged") -> Iterator[Bucket]:
         """Stream the current weights in buckets; every rank must exhaust the iterator."""
 
+    @property
+    def shares_module(self) -> bool:
+        """Whether `inference_module` is on offer, asked after `setup`. False, say, for a network divided over ranks:
+        rollout engines then hold weights of their own."""
+        return True
+
     @abstractmethod
     def inference_module(self) -> AbstractContextManager[nn.Module]:
         """Within the block, the live module runs forward without collectives, so that ranks may generate at
-        different speeds. Raises BackendError when the layout cannot offer that."""
+        different speeds. Raises BackendError when not `shares_module`."""
 
     @abstractmethod
     def save(self, directory: Path, *, optimizer: bool) -> None:
@@ -570,7 +585,8 @@ class RolloutEngine(ABC):
     """Samples groups of trajectories."""
 
     weights: Literal["own", "shared"] = "own"
-    """`shared`: generates with the backend's live module (see TrainingBackend.inference_module)."""
+    """`shared`: generates with the backend's live module (see TrainingBackend.inference_module). Known once `setup` has
+    seen the backend."""
     deterministic: bool = False
     """Same weights, requests and batching give bit-equal rollouts."""
 
@@ -665,6 +681,83 @@ class Launcher(ABC):
         self.options = options
 
     @abstractmethod
-    def launch(self, recipe: Recipe) -> int:
-        """Run `mmrl_core.launch.worker.main(recipe)` on every rank; returns the exit status (0: all ranks ended
-        well)."""
+    def launch(self, recipe: Recipe, worker: str = TRAINING) -> int:
+        """Write the recipe into its run folder and run `main(path of that file)` of the module `worker` on every rank.
+
+        `main` returns an exit status. Returns 0 when all ranks ended well, else another status."""
+
+
+# --------------------------------------------------------------------------------------------------- weights in folders
+
+
+class WeightSource(ABC):
+    """A model's weights in a folder, read one tensor at a time under their Hugging Face names.
+
+    All names may stand behind one prefix, and other tensors (of an optimizer) beside them: readers that know the names
+    they want find them with `mmrl_core.checkpoint.matching`.
+    """
+
+    where: str = "weights"
+    """What named the folder, for errors: `model.init_from '/ckpt'`."""
+    model_folder: Path | None = None
+    """The folder with the model's config and tokenizer, when the weights came with one."""
+    complete: bool = False
+    """Opening it has shown that it holds the weights of the model in `model_folder`, all of them and nothing else."""
+
+    @abstractmethod
+    def names(self) -> Sequence[str]:
+        """Every tensor's name, in the order in which reading is cheap."""
+
+    @abstractmethod
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The tensor's shape, without reading it."""
+
+    @abstractmethod
+    def dtype(self, name: str) -> torch.dtype:
+        """The tensor's dtype, without reading it."""
+
+    @abstractmethod
+    def read(self, name: str) -> Tensor:
+        """The whole tensor, on the CPU. It may be mapped from the file: do not write to it.
+
+        Raises ModelError when the file cannot be read.
+        """
+
+
+class WeightFormat(ABC):
+    """A way in which a folder holds a model's weights. Constructed with its options, which are about writing."""
+
+    def __init__(self, options: Any) -> None:
+        self.options = options
+
+    @classmethod
+    @abstractmethod
+    def detect(cls, folder: Path) -> bool:
+        """Whether `folder` looks like this format, damaged or not. Cheap; reads no weights; never raises."""
+
+    @classmethod
+    @abstractmethod
+    def open(cls, folder: Path, *, where: str, model: Path | None) -> WeightSource:
+        """Open the folder's weights and check that every file is there and whole, without reading tensors.
+
+        Args:
+            where: what named the folder, for errors.
+            model: a folder with the model's config.json, for formats that need it and find none in `folder`.
+
+        Raises:
+            ModelError: the folder is damaged, incomplete, or of another model than `model`.
+        """
+
+    @abstractmethod
+    def write(
+        self, source: WeightSource, folder: Path, *, model: Path | None, progress: Callable[[int, int], None]
+    ) -> None:
+        """Write all of `source` into `folder`, which exists and is empty, holding few tensors at a time.
+
+        Args:
+            model: the folder with the model's config and tokenizer, which are stored beside the weights.
+            progress: called with (bytes done, bytes in all).
+
+        Raises:
+            ModelError: before anything is written, when the format or its options cannot express these weights.
+        """

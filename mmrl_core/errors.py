@@ -22,6 +22,10 @@ class PluginError(MmrlError):
     """A plugin is missing, broken, ambiguous or incompatible."""
 
 
+class PatchError(MmrlError):
+    """A change to another library's code does not fit what is installed, or cannot be taken back."""
+
+
 class ModelError(MmrlError):
     """A model or tokenizer cannot be found, loaded or used for the named policy."""
 
@@ -56,6 +60,12 @@ class PreflightError(MmrlError):
 
 class ObserverError(MmrlError):
     """A metric writer that the recipe names failed while observing the run."""
+
+
+class VerifyError(MmrlError):
+    """Two combinations cannot be compared. Exit status 1 of `mmrl verify` means that they differ."""
+
+    exit_code = 2
 
 
 class MediaError(MmrlError):

@@ -16,7 +16,7 @@ holding hook implementations::
     def mmrl_rewards():
         return [Component(name="brevity", summary="Short answers", target="my_package.rewards:brevity")]
 
-Two kinds of hook exist. *Declaring* hooks take nothing and return a list of `Component`: names and dotted
+Two kinds of hook exist. *Declaring* hooks take nothing and return a list, most of `Component`: names and dotted
 strings, so that listing and validating import neither torch nor the plugin's heavy dependencies. *Lifecycle* hooks
 observe a run on rank 0; they may change nothing and call no collective.
 
@@ -76,6 +76,42 @@ class Probe:
     """The command or step that makes it available."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Patch:
+    """A change to other people's code that a plugin makes while a run needs it, and takes back afterwards.
+
+    Declaring one changes nothing: the plugin applies it with `mmrl_core.patches`, and `mmrl doctor` lists it.
+    """
+
+    name: str
+    """What people call it: lower case letters, digits, `-`, `_`. Unique within the plugin."""
+    targets: tuple[str, ...]
+    """What is replaced: `"package.module:attribute"`, each imported only when the patch is applied. `Class.method` and
+    `function.__code__` are attributes too; the last also reaches modules that imported the function by name."""
+    replacement: str
+    """A function `(original) -> replacement`, called once a target with what stands there."""
+    reason: str
+    """What goes wrong without it, in one line."""
+    distribution: str
+    """The distribution whose code is changed."""
+    versions: str
+    """Its versions that the patch was made for, as pip writes them: `">=0.35,<0.38"`."""
+    devices: tuple[str, ...] = ()
+    """Kinds of device it is for (`DeviceOps.name`); none: all."""
+    upstream: str = ""
+    """Where the cause is reported or repaired, or nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diagnosis:
+    """Something about this machine that a plugin's users want to know, asked by `mmrl doctor`."""
+
+    name: str
+    """What it is about: `megatron-core`."""
+    probe: str
+    """A function `() -> Probe`, cheap and without heavy imports. `reason` says what was found, or what is wrong."""
+
+
 class DeclaringHooks:
     """One hook per seam. Each is called once per plugin, by itself, and its exceptions are attributed to it."""
 
@@ -111,6 +147,18 @@ class DeclaringHooks:
     def mmrl_writers(self) -> Sequence[Component]:  # type: ignore[empty-body]
         """Declare metric writers; each target is a class whose instances implement lifecycle hooks."""
 
+    @hookspec
+    def mmrl_weight_formats(self) -> Sequence[Component]:  # type: ignore[empty-body]
+        """Declare formats of weights in folders; each target is a `mmrl_core.contracts.WeightFormat`."""
+
+    @hookspec
+    def mmrl_patches(self) -> Sequence[Patch]:  # type: ignore[empty-body]
+        """Declare changes to other people's code; nothing is changed by declaring them. A list of `Patch`."""
+
+    @hookspec
+    def mmrl_diagnoses(self) -> Sequence[Diagnosis]:  # type: ignore[empty-body]
+        """Declare what `mmrl doctor` should look at beside the plugin's components. A list of `Diagnosis`."""
+
 
 class LifecycleHooks:
     """Observers of a run, called on rank 0 only, once a step at most, never inside the micro-batch loop."""
@@ -121,7 +169,8 @@ class LifecycleHooks:
 
     @hookspec
     def mmrl_step_end(self, step: int, metrics: Mapping[str, float], samples: Sequence[Sample]) -> None:
-        """A step ended. `metrics` are final for the step; `samples` are some of rank 0's decoded samples."""
+        """A step ended. `metrics` are final for the step; `samples` are some of rank 0's decoded samples, as many as
+        `show_samples` of the recipe says, with their scores."""
 
     @hookspec
     def mmrl_evaluation_end(self, step: int, metrics: Mapping[str, float], samples: Sequence[Sample]) -> None:

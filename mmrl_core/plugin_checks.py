@@ -5,17 +5,20 @@ from __future__ import annotations
 import importlib.metadata
 import inspect
 import re
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
 
 import pluggy
 from packaging.requirements import Requirement
+from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.utils import canonicalize_name
 
 from mmrl_core.errors import PluginError, nearest
-from mmrl_core.hookspecs import API_VERSION, Component, DeclaringHooks, LifecycleHooks
+from mmrl_core.hookspecs import API_VERSION, Component, DeclaringHooks, Diagnosis, LifecycleHooks, Patch
 
 CORE_DISTRIBUTION = "mmrl-core"
+
+Declared = TypeVar("Declared", Component, Patch, Diagnosis)
 
 
 def check_requirement(distribution: importlib.metadata.Distribution) -> None:
@@ -64,26 +67,47 @@ def check_hooks(manager: pluggy.PluginManager, plugin: Any, where: str) -> None:
             )
 
 
-def declared(plugin: Any, hook: str, where: str) -> list[Component]:
+def declared(plugin: Any, hook: str, where: str, kind: type[Declared]) -> list[Declared]:
     """What the plugin's declaring hook returns, checked; [] when it does not implement it."""
     function = getattr(plugin, hook, None)
     if function is None:
         return []
     answer = function()
     where = f"{where}: {hook}()"
+    word = kind.__name__
     if not isinstance(answer, Iterable) or isinstance(answer, str | bytes):
-        raise PluginError(f"{where} returned {type(answer).__name__}; return a list of Component")
-    components = list(answer)
-    for component in components:
-        if not isinstance(component, Component):
-            raise PluginError(f"{where} returned a {type(component).__name__} in its list; each item is a Component")
-        if not re.fullmatch(r"[a-z0-9][a-z0-9_.-]*", component.name):
-            raise PluginError(f"{where}: component name {component.name!r} must match [a-z0-9][a-z0-9_.-]*")
-        for dotted in (component.target, component.options, component.probe, component.sampling):
-            if dotted is not None and not re.fullmatch(r"[\w.]+:[\w.]+", dotted):
-                raise PluginError(f"{where}: {component.name}: {dotted!r} is not of the form 'package.module:name'")
-    names = [component.name for component in components]
+        raise PluginError(f"{where} returned {type(answer).__name__}; return a list of {word}")
+    items = list(answer)
+    for item in items:
+        if not isinstance(item, kind):
+            raise PluginError(f"{where} returned a {type(item).__name__} in its list; each item is a {word}")
+        if not re.fullmatch(r"[a-z0-9][a-z0-9_.-]*", item.name):
+            raise PluginError(f"{where}: {word.lower()} name {item.name!r} must match [a-z0-9][a-z0-9_.-]*")
+        for dotted in _references(item):
+            if not re.fullmatch(r"[\w.]+:[\w.]+", dotted):
+                raise PluginError(f"{where}: {item.name}: {dotted!r} is not of the form 'package.module:name'")
+        if isinstance(item, Patch):
+            _check_versions(item, where)
+    names = [item.name for item in items]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise PluginError(f"{where} declares {', '.join(map(repr, twice))} more than once; names must differ")
-    return components
+    return items
+
+
+def _references(item: Component | Patch | Diagnosis) -> Iterator[str]:
+    if isinstance(item, Patch):
+        yield from (*item.targets, item.replacement)
+    elif isinstance(item, Diagnosis):
+        yield item.probe
+    else:
+        yield from (d for d in (item.target, item.options, item.probe, item.sampling) if d is not None)
+
+
+def _check_versions(patch: Patch, where: str) -> None:
+    try:
+        SpecifierSet(patch.versions)
+    except InvalidSpecifier as error:
+        raise PluginError(
+            f"{where}: {patch.name}: versions {patch.versions!r} is not a version range such as '>=1.2,<2'"
+        ) from error

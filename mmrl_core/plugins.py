@@ -28,7 +28,9 @@ from mmrl_core.hookspecs import (
     PROJECT,
     Component,
     DeclaringHooks,
+    Diagnosis,
     LifecycleHooks,
+    Patch,
     Probe,
 )
 from mmrl_core.plugin_checks import CORE_DISTRIBUTION, check_api, check_hooks, check_requirement, declared
@@ -47,6 +49,7 @@ KINDS = {
     "launcher": "mmrl_launchers",
     "prompt source": "mmrl_prompt_sources",
     "writer": "mmrl_writers",
+    "weight format": "mmrl_weight_formats",
 }
 """Kind of component -> the hook that declares it."""
 
@@ -64,6 +67,8 @@ class Plugin:
     blocked: bool = False
     components: dict[str, list[Component]] = field(default_factory=dict)
     """By kind."""
+    patches: list[Patch] = field(default_factory=list)
+    diagnoses: list[Diagnosis] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,10 +93,7 @@ class Found:
         """Whether it can run here. A probe that raises counts as unavailable, with its error as the reason."""
         if self.component.probe is None:
             return Probe(available=True)
-        try:
-            return cast(Probe, import_string(self.component.probe, f"probe of {self.kind} {self.name!r}")())
-        except Exception as error:
-            return Probe(available=False, reason=f"its probe failed: {type(error).__name__}: {error}")
+        return ask(self.component.probe, f"probe of {self.kind} {self.name!r}")
 
     def evaluation_sampling(self) -> dict[str, Any]:
         """A policy's sampling overrides for evaluation: its sampling model's `evaluation_defaults`."""
@@ -151,6 +153,14 @@ class Plugins:
         raise PluginError(message)
 
 
+def ask(probe: str, what: str) -> Probe:
+    """A probe's answer; one that raises says "no", with its error as the reason."""
+    try:
+        return cast(Probe, import_string(probe, what)())
+    except Exception as error:
+        return Probe(available=False, reason=f"its probe failed: {type(error).__name__}: {error}")
+
+
 def import_string(dotted: str, what: str) -> Any:
     """Import `"package.module:attribute"`. Raises PluginError naming `what` and the cause."""
     module_name, _, attribute = dotted.partition(":")
@@ -190,9 +200,13 @@ def load_plugins() -> Plugins:
             check_hooks(manager, module, entry.value)
             manager.register(module, name=f"{plugin.distribution}:{plugin.name}")
             for kind, hook in KINDS.items():
-                plugin.components[kind] = declared(module, hook, entry.value)
+                plugin.components[kind] = declared(module, hook, entry.value, Component)
+            plugin.patches = declared(module, "mmrl_patches", entry.value, Patch)
+            plugin.diagnoses = declared(module, "mmrl_diagnoses", entry.value, Diagnosis)
         except (Exception, SystemExit) as error:  # a plugin that exits must not take the command with it
             plugin.components.clear()
+            plugin.patches.clear()
+            plugin.diagnoses.clear()
             if isinstance(error, PluginError):
                 plugin.error = f"PluginError: {error}"
             else:

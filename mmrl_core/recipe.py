@@ -145,7 +145,8 @@ class ModelSpec(Spec):
     policy: Choice = Choice(name="causal_lm")
     """The model family."""
     init_from: str | None = None
-    """A folder written by torch.distributed.checkpoint whose weights replace those of `path`, or null."""
+    """A folder of any installed weight format (torch.distributed.checkpoint, Hugging Face, ...) whose weights replace
+    those of `path`, or null."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of forward and backward. The optimizer always keeps fp32 master weights."""
     lora: LoraSpec | None = None
@@ -385,6 +386,8 @@ class Recipe(Spec):
     """Held-out evaluation."""
     writers: list[Choice] = [Choice(name="console"), Choice(name="jsonl"), Choice(name="tensorboard")]
     """Where metrics go."""
+    show_samples: NonNegative = 8
+    """How many of a step's samples rank 0 keeps for writers to show."""
 
     @field_validator("rewards")
     @classmethod

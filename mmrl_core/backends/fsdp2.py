@@ -225,6 +225,11 @@ class Fsdp2Backend(TrainingBackend):
         from torch.distributed.checkpoint import state_dict_loader
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
 
+        if not (directory / "fsdp2.json").is_file():
+            raise BackendError(
+                f"{directory}: the backend fsdp2 did not write this checkpoint (fsdp2.json is missing). To start from "
+                "the weights of another backend, use another run_dir and set model.init_from to the checkpoint"
+            )
         facts = json.loads((directory / "fsdp2.json").read_text(encoding="utf-8"))
         if optimizer and not facts["optimizer"]:
             raise BackendError(

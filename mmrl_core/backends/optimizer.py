@@ -35,14 +35,10 @@ def global_norm(parameters: Sequence[Tensor]) -> Tensor:
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-class AdamW:
-    """torch's AdamW, its learning rate a function of the number of updates, guarded against non-finite gradients."""
+class UpdateGuard:
+    """The schedule's clock and the non-finite guard: what optimizers of all backends have in common."""
 
-    def __init__(
-        self, parameters: Sequence[Tensor], spec: OptimizerSpec, total_updates: int, device: DeviceOps
-    ) -> None:
-        assert parameters, "nothing to train"
-        self.parameters = list(parameters)
+    def __init__(self, spec: OptimizerSpec, total_updates: int) -> None:
         self.spec = spec
         self.total_updates = total_updates
         self.updates = 0
@@ -50,6 +46,35 @@ class AdamW:
         self.skipped = 0
         """Consecutive skipped updates."""
         self.last_lr = learning_rate(spec, 0, total_updates)
+
+    def admits(self, norm: float) -> bool:
+        """Begin the next update: set `last_lr`, and say whether a gradient of this norm may be applied.
+
+        Raises BackendError after too many non-finite ones in a row. Every rank passes the same norm.
+        """
+        self.last_lr = learning_rate(self.spec, self.updates, self.total_updates)
+        self.updates += 1
+        if math.isfinite(norm):
+            self.skipped = 0
+            return True
+        self.skipped += 1
+        if self.skipped >= self.spec.max_skipped_updates:
+            raise BackendError(
+                f"{self.skipped} updates in a row had a non-finite gradient (norm {norm}); nothing was "
+                "applied. Lower optimizer.lr, or look at rewards and log-probs of the last steps in metrics.jsonl"
+            )
+        return False
+
+
+class AdamW(UpdateGuard):
+    """torch's AdamW, its learning rate a function of the number of updates, guarded against non-finite gradients."""
+
+    def __init__(
+        self, parameters: Sequence[Tensor], spec: OptimizerSpec, total_updates: int, device: DeviceOps
+    ) -> None:
+        assert parameters, "nothing to train"
+        super().__init__(spec, total_updates)
+        self.parameters = list(parameters)
         groups = [
             {"params": [p for p in parameters if p.ndim > 1], "weight_decay": spec.weight_decay},
             {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
@@ -67,18 +92,9 @@ class AdamW:
 
         Raises BackendError after too many skips in a row. Every rank passes the same norm.
         """
-        self.last_lr = learning_rate(self.spec, self.updates, self.total_updates)
-        self.updates += 1
-        if not bool(torch.isfinite(norm)):
-            self.skipped += 1
+        if not self.admits(float(norm)):
             self.zero_grad()
-            if self.skipped >= self.spec.max_skipped_updates:
-                raise BackendError(
-                    f"{self.skipped} updates in a row had a non-finite gradient (norm {float(norm)}); nothing was "
-                    "applied. Lower optimizer.lr, or look at rewards and log-probs of the last steps in metrics.jsonl"
-                )
             return False
-        self.skipped = 0
         if self.spec.clip_grad is not None:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.spec.clip_grad, norm)
         for group in self.torch_optimizer.param_groups:

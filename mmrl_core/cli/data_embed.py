@@ -111,6 +111,9 @@ def run(args: argparse.Namespace) -> int:
         f"before{share}; {summary.prompts:,} in all, {summary.shards} files, {summary.family}, {job.dtype}, "
         f"on {summary.device}"
     )
+    if summary.cut:
+        limit = "the family's limit" if job.max_text_tokens is None else f"{job.max_text_tokens} tokens"
+        print(f"{summary.cut:,} prompts were cut to {limit} (--max-text-tokens); the first is {summary.first_cut}")
     if summary.missing:
         some = ", ".join(summary.missing[:SHOWN]) + (" ..." if len(summary.missing) > SHOWN else "")
         print(f"{len(summary.missing)} files are left to the other processes: {some}")

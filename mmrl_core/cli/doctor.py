@@ -18,7 +18,8 @@ from mmrl_core.cli.plugins import Row, rows
 from mmrl_core.devices.cores import usable_cores
 from mmrl_core.errors import RecipeError
 from mmrl_core.hookspecs import API_VERSION
-from mmrl_core.plugins import Plugins, load_plugins, resolve
+from mmrl_core.patches import Verdict, verdict
+from mmrl_core.plugins import Plugins, ask, load_plugins, resolve
 from mmrl_core.recipe import load_recipe
 from mmrl_core.resolved import unavailable
 
@@ -64,6 +65,8 @@ def examine(plugins: Plugins, recipe: str | None = None, overrides: list[str] | 
             for r in listed
             if r.kind is not None
         ],
+        "diagnoses": _diagnoses(plugins),
+        "patches": _patches(plugins, listed),
         "broken_plugins": broken,
         "blocked_plugins": _names(listed, "blocked"),
     }
@@ -118,6 +121,50 @@ def _torch() -> str:
     return f"{torch.__version__} ({build} build, {torch.get_num_threads()} threads)"
 
 
+def _diagnoses(plugins: Plugins) -> list[dict[str, Any]]:
+    """What plugins look at beside their components."""
+    answers = []
+    for plugin in plugins.plugins:
+        for diagnosis in plugin.diagnoses:
+            probe = ask(diagnosis.probe, f"diagnosis {diagnosis.name!r} of {plugin.distribution}")
+            answers.append(
+                {
+                    "name": diagnosis.name,
+                    "distribution": plugin.distribution,
+                    "available": probe.available,
+                    "reason": probe.reason,
+                    "cure": probe.cure,
+                }
+            )
+    return answers
+
+
+def _patches(plugins: Plugins, listed: list[Row]) -> list[dict[str, Any]]:
+    """Every declared patch: does it fit what is installed, and on which of the devices that are here?"""
+    here = [r.name for r in listed if r.kind == "device" and r.status == "available" and r.name is not None]
+    found = []
+    for plugin in plugins.plugins:
+        for patch in plugin.patches:
+            said = verdict(patch)
+            devices = [name for name in here if not patch.devices or name in patch.devices]
+            if said.applies and not devices:
+                said = Verdict(applies=False, reason=f"it is for device {' or '.join(patch.devices)}")
+            found.append(
+                {
+                    "name": patch.name,
+                    "distribution": plugin.distribution,
+                    "changes": patch.distribution,
+                    "targets": list(patch.targets),
+                    "applies": said.applies,
+                    "devices": devices,
+                    "verdict": said.reason,
+                    "reason": patch.reason,
+                    "upstream": patch.upstream,
+                }
+            )
+    return found
+
+
 def _recipe_problems(plugins: Plugins, path: str, overrides: list[str]) -> list[str]:
     try:
         recipe, source = load_recipe(path, overrides)
@@ -146,6 +193,18 @@ def _text(report: dict[str, Any]) -> str:
         lines.append(f"  {mark} {c['kind']} {c['name']} ({c['distribution']}){reason}")
         if not c["available"] and c["cure"]:
             lines.append(f"          cure: {c['cure']}")
+    if report["diagnoses"]:
+        lines += ["", "what plugins found"]
+    for d in report["diagnoses"]:
+        lines.append(f"  {'ok     ' if d['available'] else 'missing'} {d['name']} ({d['distribution']}): {d['reason']}")
+        if not d["available"] and d["cure"]:
+            lines.append(f"          cure: {d['cure']}")
+    if report["patches"]:
+        lines += ["", "patches, applied by their plugin for as long as a run needs them"]
+    for p in report["patches"]:
+        mark = f"applies on {', '.join(p['devices'])}" if p["applies"] else "does not apply"
+        lines.append(f"  {p['name']} ({p['distribution']}) {mark}: {p['verdict']}")
+        lines.append(f"          why: {p['reason']}{f' ({link})' if (link := p['upstream']) else ''}")
     for plugin in report["broken_plugins"]:
         lines += ["", f"BROKEN plugin {plugin['distribution']} {plugin['version']} ({plugin['module']})"]
         lines += [f"  {line}" for line in plugin["error"].splitlines()]

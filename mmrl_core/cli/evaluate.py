@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
-from pathlib import Path
-from typing import Any
 
 from mmrl_core.errors import RecipeError
 from mmrl_core.plugins import load_plugins, resolve
 from mmrl_core.recipe import Recipe, load_recipe
-from mmrl_core.resolved import require_available
+from mmrl_core.resolved import complete, require_available
+
+WORKER = "mmrl_core.launch.evaluate_models"
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -19,7 +18,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "eval",
         help="score models on held-out prompts, and compare them",
         description=__doc__,
-        epilog="Without --model: the recipe's model before, and the run's export after training.",
+        epilog="Without --model: the recipe's model before, and the run's export after training. The ranks of the "
+        "recipe's launcher, or of torchrun, share the prompts.",
     )
     parser.add_argument("recipe", metavar="RECIPE", help="a YAML file with an `eval` section")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example eval.prompts=500")
@@ -31,7 +31,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the scores, and the paired test between the first two models."""
+    """Run the job on every rank of the recipe's launcher."""
     recipe, source = load_recipe(arguments.recipe, arguments.overrides)
     if recipe.eval is None:
         raise RecipeError(f"{arguments.recipe}: `mmrl eval` needs an `eval` section (data, prompts); see the docs")
@@ -39,39 +39,11 @@ def run(arguments: argparse.Namespace) -> int:
     selection = resolve(recipe, source, plugins)
     require_available(selection)
     models = arguments.model or _before_and_after(recipe)
-    from mmrl_core.grpo.evaluation import paired_test
-    from mmrl_core.launch.evaluate_models import evaluate_models
+    from mmrl_core.launch.jobs import launch_job
 
-    results = evaluate_models(recipe, selection, models)
-    width = max(len(m) for m in models)
-    for model, result in zip(models, results, strict=True):
-        rewards = "  ".join(f"{name} {value:.4f}" for name, value in result.rewards.items())
-        of_which = f"  ({rewards})" if len(result.rewards) > 1 else ""
-        print(f"{model:<{width}}  score {result.mean:.4f}  on {len(result.scores)} held-out prompts{of_which}")
-    report: dict[str, Any] = {
-        "models": [
-            {"model": m, **r.summary(), "scores": r.scores, "texts": r.texts}
-            for m, r in zip(models, results, strict=True)
-        ],
-        "questions": results[0].questions,
-    }
-    if len(results) >= 2:
-        test = paired_test(results[0].scores, results[1].scores)
-        difference = results[1].mean - results[0].mean
-        print(
-            f"paired: {difference:+.4f}  {test.better} prompts better, {test.worse} worse, {test.ties} equal; "
-            f"two-sided sign test p = {test.p_value:.2g}"
-        )
-        report["paired"] = {
-            "difference": difference,
-            "better": test.better,
-            "worse": test.worse,
-            "ties": test.ties,
-            "p_value": test.p_value,
-        }
-    if arguments.output:
-        Path(arguments.output).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    return 0
+    job = {"models": models, "output": arguments.output}
+    full = complete(recipe, selection, plugins)
+    return launch_job(full, selection, recipe.directory / ".eval", job, WORKER, models)
 
 
 def _before_and_after(recipe: Recipe) -> list[str]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mmrl_core.cli.arguments import positive
 from mmrl_core.errors import RecipeError
@@ -13,8 +11,7 @@ from mmrl_core.plugins import load_plugins, resolve
 from mmrl_core.recipe import Recipe, load_recipe
 from mmrl_core.resolved import complete, require_available
 
-if TYPE_CHECKING:
-    from mmrl_core.launch.rollout_only import RolloutSummary
+WORKER = "mmrl_core.launch.rollout_job"
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -24,7 +21,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="generate, score and save samples without training",
         description="Generate samples for a recipe's prompts, score them with its rewards and save texts, images or "
         "videos with their prompts and rewards. Started again, an interrupted command goes on where it was.",
-        epilog="Under torchrun, ranks share the prompts; the samples are the same on any number of ranks.",
+        epilog="The ranks of the recipe's launcher, or of torchrun, share the prompts; the samples are the same on any "
+        "number of ranks.",
     )
     parser.add_argument("recipe", metavar="RECIPE", help="a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example seed=1 sampling.steps=40")
@@ -63,58 +61,30 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the means and where the samples are."""
+    """Run the job on every rank of the recipe's launcher."""
     recipe, source = load_recipe(arguments.recipe, arguments.overrides)
     if arguments.eval and recipe.eval is None:
         raise RecipeError(f"{arguments.recipe}: `mmrl rollout --eval` needs an `eval` section (data, prompts)")
     plugins = load_plugins()
     selection = resolve(recipe, source, plugins)
     require_available(selection)
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from mmrl_core.launch.rollout_only import RolloutJob, rollout
+    from mmrl_core.launch.jobs import launch_job
+    from mmrl_core.launch.rollout_folder import check_folder
 
     prompts, samples, folder = _defaults(recipe, arguments.eval)
-    job = RolloutJob(
-        output=arguments.output or folder,
-        prompts=prompts if arguments.prompts is None else (arguments.prompts or None),
-        samples=arguments.samples or samples,
-        held_out=arguments.eval,
-        model=arguments.model,
-        batch_prompts=arguments.batch_prompts,
-        overwrite=arguments.overwrite,
-    )
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    main = os.environ.get("RANK", "0") == "0"
-    with Progress(*columns, console=Console(stderr=True), disable=not main) as bar:
-        task = bar.add_task("loading", total=None)
-
-        def show(done: int, total: int) -> None:
-            bar.update(task, description="prompts", completed=done, total=total)
-
-        summary = rollout(complete(recipe, selection, plugins), selection, job, show)
-    if summary is not None:
-        _print(summary, job.output)
-    return 0
-
-
-def _print(summary: RolloutSummary, folder: Path) -> None:
-    before = f" ({summary.found:,} prompts were there before)" if summary.found else ""
-    print(f"{folder / 'rollouts.jsonl'}: {summary.prompts:,} prompts, {summary.samples:,} samples{before}")
-    rows = [("reward", summary.mean), *((f"  {name}", value) for name, value in summary.per_reward.items())]
-    width = max(len(name) for name, _ in rows)
-    for name, value in rows:
-        print(f"{name:<{width}}  " + ("no sample has one" if value is None else f"{value:.4f}"))
-    if summary.failed:
-        print(f"failed  {summary.failed:,} of {summary.samples:,} samples; the first: {summary.first_failure}")
-    if summary.sheet_prompts:
-        some = (
-            f"the first {summary.sheet_prompts} of {summary.prompts:,}"
-            if summary.sheet_prompts < summary.prompts
-            else "all"
-        )
-        print(f"{folder / 'contact_sheet.png'}: {some} prompts")
+    output: Path = arguments.output or folder
+    check_folder(output)
+    job = {
+        "output": str(output),
+        "prompts": prompts if arguments.prompts is None else (arguments.prompts or None),
+        "samples": arguments.samples or samples,
+        "held_out": arguments.eval,
+        "model": arguments.model,
+        "batch_prompts": arguments.batch_prompts,
+        "overwrite": arguments.overwrite,
+    }
+    full = complete(recipe, selection, plugins)
+    return launch_job(full, selection, output / ".job", job, WORKER, [arguments.model or recipe.model.path])
 
 
 def _defaults(recipe: Recipe, held_out: bool) -> tuple[int, int, Path]:

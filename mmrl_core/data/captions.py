@@ -49,6 +49,11 @@ class Embedded(ABC):
     def reference(self, row: int) -> Mapping[str, str]:
         """Where its conditions are, as `load_conditions` takes them."""
 
+    @property
+    def negative_prompt(self) -> str | None:
+        """The text of the negative prompt that was embedded with them; None: not known, or there is none."""
+        return None
+
     @abstractmethod
     def where(self, row: int) -> str:
         """How errors name it."""
@@ -69,6 +74,10 @@ class OwnFolder(Embedded):
 
     def reference(self, row: int) -> Mapping[str, str]:
         return self._folder.references(row)
+
+    @property
+    def negative_prompt(self) -> str | None:
+        return self._folder.index.negative_prompt
 
     def where(self, row: int) -> str:
         return f"{self._folder.folder}: prompt {row}"
@@ -116,7 +125,8 @@ class CaptionFile(Embedded):
 
 
 class EmbeddedCaptionsSource(PromptSource):
-    """Captions as raw text; the column `embeddings` says where each prompt's conditions are."""
+    """Captions as raw text; the column `embeddings` says where each prompt's conditions are, and `negative_prompt` what
+    text the negative ones among them are of, when that is known."""
 
     options: EmbeddedCaptionsOptions
 
@@ -146,10 +156,14 @@ class EmbeddedCaptionsSource(PromptSource):
         assert self._order is not None, "prepare() comes first"
         assert self._data is not None
         row = self.options.skip + self._order.row(index)
+        negative = self._data.negative_prompt
         return Prompt(
             index=index,
             text=self._data.caption(row),
-            columns={"embeddings": dict(self._data.reference(row))},
+            columns={
+                "embeddings": dict(self._data.reference(row)),
+                **({} if negative is None else {"negative_prompt": negative}),
+            },
             origin=self._data.where(row),
         )
 

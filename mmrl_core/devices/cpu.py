@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mmrl_core.contracts import DeviceOps, MemoryStats
 from mmrl_core.devices.cores import usable_cores
+from mmrl_core.vector_math import resolve_vector_math
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -32,9 +33,11 @@ class CpuDevice(DeviceOps):
         """Always `cpu`: any number of ranks may share the cores.
 
         Numbers below 1.2e-38 become 0 from here on. A peaked softmax over a large vocabulary is full of them, and a
-        matrix product with denormal operands is more than ten times slower.
+        matrix product with denormal operands is more than ten times slower. Elementary functions are exact from their
+        first call on (see `mmrl_core.vector_math`).
         """
         torch.set_flush_denormal(True)
+        resolve_vector_math()
         return self.torch_device
 
     @property

@@ -24,7 +24,7 @@ SHUFFLED = 0.5
 """Share of the images whose labels are permuted among themselves."""
 UNLABELLED = 0.1
 """Share of each batch trained without a class, for classifier-free guidance."""
-ITERATIONS, BATCH, LEARNING_RATE, WARM_UP = 700, 128, 1e-3, 100
+ITERATIONS, BATCH, LEARNING_RATE, WARM_UP = 700, 128, 5e-3, 50
 
 
 def make_folder(folder: Path, *, seed: int = 0, iterations: int = ITERATIONS) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -63,7 +63,7 @@ class StepBatch:
     kept: list[SampleRow]
     """Those that are trained on, by sample id."""
     samples: list[Sample]
-    """Some of this rank's decoded samples, for the observers."""
+    """Some of this rank's decoded samples with their scores, for the observers."""
     rounds: int
     dropped_equal: int
     """Groups left out by dynamic sampling."""
@@ -122,7 +122,8 @@ def collect(run: Run, step: int) -> StepBatch:
     chosen = set(sorted(kept)[: algorithm.prompts_per_step])
     survivors = [row for row in table if row.group_id in chosen and _trainable(run, row)]
     joined = concatenate(parts)
-    samples = joined.samples[:8]
+    scores = {row.sample_id: row.score for row in table}
+    samples = [replace(s, score=scores[s.sample_id]) for s in joined.samples[: run.recipe.show_samples]]
     joined.samples = []
     alive = {row.sample_id for row in survivors}
     here = select_rows(joined, [i for i, s in enumerate(joined.sample_id.tolist()) if s in alive])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from mmrl_core.contracts import Policy, PromptSource, RolloutEngine, Sample
@@ -29,7 +29,7 @@ class Evaluation:
     texts: tuple[str, ...]
     """The first sample of each prompt."""
     samples: tuple[Sample, ...]
-    """The first sample of each of the first `EvalSpec.show` prompts. On ranks other than 0: none."""
+    """The first sample of each of the first `EvalSpec.show` prompts, with its score. On ranks other than 0: none."""
 
     @property
     def mean(self) -> float:
@@ -112,7 +112,7 @@ class Evaluator:
                 )
                 first = sample.group_id * self.spec.samples_per_prompt
                 if sample.sample_id == first and sample.group_id < self.spec.show:
-                    shown.append(sample)
+                    shown.append(replace(sample, score=result.value))
         gathered = self.world.gather((rows, failures))
         problems = [text for _, part in gathered for text in part]
         if problems:

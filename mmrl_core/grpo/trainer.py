@@ -29,6 +29,7 @@ from mmrl_core.grpo.minibatches import build_minibatch, split_samples
 from mmrl_core.grpo.run import Run
 from mmrl_core.grpo.step_metrics import step_metrics
 from mmrl_core.metrics.names import check_known
+from mmrl_core.recipe import Recipe
 from mmrl_core.rows import stack_rows
 
 log = logging.getLogger("mmrl.train")
@@ -178,16 +179,21 @@ def advantage_table(run: Run, kept: Sequence[SampleRow], rewards: Tensor, step: 
     `rewards` [N] are the shaped ones, in the order of `kept`. With `combine: advantages` those of the table are used,
     each by itself.
     """
-    algorithm = run.recipe.algorithm
+    return advantages_of(run.recipe, kept, rewards, step)
+
+
+def advantages_of(recipe: Recipe, kept: Sequence[SampleRow], rewards: Tensor, step: int) -> dict[int, float]:
+    """`advantage_table` from the recipe alone."""
+    algorithm = recipe.algorithm
     groups = torch.tensor([row.group_id for row in kept])
     valid = torch.ones(len(kept), dtype=torch.bool)
     separately = algorithm.advantage.combine == "advantages"
     if separately:
-        rewards = reward_columns(kept, run.recipe.rewards)
+        rewards = reward_columns(kept, recipe.rewards)
     if algorithm.shuffle_rewards:
-        rewards = shuffle_within_groups(rewards, groups, valid, seed_of(run.recipe.seed, step, -1))
+        rewards = shuffle_within_groups(rewards, groups, valid, seed_of(recipe.seed, step, -1))
     if separately:
-        weights = [choice.weight for choice in run.recipe.rewards]
+        weights = [choice.weight for choice in recipe.rewards]
         advantages = combined_advantages(rewards, weights, groups, valid, algorithm.advantage)
     else:
         advantages = compute_advantages(rewards, groups, valid, algorithm.advantage)

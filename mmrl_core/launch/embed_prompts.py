@@ -27,6 +27,7 @@ from mmrl_core.plugins import automatic_word, load_plugins
 from mmrl_core.policies.flow.families import FAMILIES, choose_family
 from mmrl_core.policies.flow.family import Family
 from mmrl_core.policies.flow.options import FlowOptions
+from mmrl_core.policies.flow.text_encoders import TextEncoders
 
 log = logging.getLogger("mmrl.data")
 
@@ -84,6 +85,10 @@ class EmbedSummary:
     """Of the whole folder."""
     missing: tuple[str, ...]
     """Files of the folder that other processes have yet to write."""
+    cut: int
+    """Prompts that were too long, of those embedded now."""
+    first_cut: str | None
+    """Where the first of them is; None: none was too long."""
     device: str
     family: str
 
@@ -119,17 +124,18 @@ def embed_prompts(job: EmbedJob, progress: Progress = lambda done, total: None) 
     found = done = total - sum(len(index.shard_range(shard)) for shard in waiting)
     progress(done, total)
     negative = not has_file(job.output, NEGATIVE_FILE, index)
+    cut: list[str] = []
     if waiting or negative:
         encoders = family.load_encoders().eval().requires_grad_(False).to(place)
         if negative:
-            [conditions] = _encoded(family, encoders, [job.negative_prompt], ["--negative-prompt"])
+            [conditions] = _encoded(family, encoders, [job.negative_prompt], ["--negative-prompt"], cut)
             write_negative(job.output, index, conditions)
         for shard in waiting:
             numbers = index.shard_range(shard)
             made: list[dict[str, Tensor]] = []
             for first in range(numbers.start, numbers.stop, job.batch_size):
                 batch = slice(first, min(first + job.batch_size, numbers.stop))
-                made += _encoded(family, encoders, texts[batch], origins[batch])
+                made += _encoded(family, encoders, texts[batch], origins[batch], cut)
                 progress(done + len(made), total)
             write_shard(job.output, index, shard, made)
             done += len(made)
@@ -140,6 +146,8 @@ def embed_prompts(job: EmbedJob, progress: Progress = lambda done, total: None) 
         found=found,
         shards=index.shards,
         missing=tuple(missing),
+        cut=len(cut),
+        first_cut=cut[0] if cut else None,
         device=str(place),
         family=word,
     )
@@ -187,12 +195,18 @@ def encoders_fingerprint(folder: Path) -> str:
 
 
 def _encoded(
-    family: Family, encoders: nn.Module, texts: Sequence[str], origins: Sequence[str]
+    family: Family, encoders: nn.Module, texts: Sequence[str], origins: Sequence[str], cut: list[str]
 ) -> list[dict[str, Tensor]]:
-    """Conditions of each text. Raises DataError naming the first of them that the family refuses."""
+    """Conditions of each text; origins of those that were too long are added to `cut`.
+
+    Raises DataError naming the first text that the family refuses.
+    """
     with torch.no_grad():
         try:
-            return family.encode(encoders, texts)
+            conditions = family.encode(encoders, texts)
+            if isinstance(encoders, TextEncoders):
+                cut += [origins[row] for row in encoders.cut_rows]
+            return conditions
         except DataError:
             for text, origin in zip(texts, origins, strict=True):
                 try:

@@ -8,7 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from mmrl_core.contracts import DeviceOps, Launcher
+from mmrl_core.contracts import TRAINING, DeviceOps, Launcher
 from mmrl_core.devices.cores import usable_cores
 from mmrl_core.errors import DeviceError, PreflightError
 from mmrl_core.launch.failure import MARK_VARIABLE
@@ -19,21 +19,18 @@ from mmrl_core.launch.runfolder import write_recipe
 from mmrl_core.plugins import load_plugins
 from mmrl_core.recipe import Recipe
 
-WORKER = "mmrl_core.launch.worker"
 _THREADS = "OMP_NUM_THREADS"
 
 
 class LocalLauncher(Launcher):
     """Ranks on this machine. They meet through a file, so no port can be taken by somebody else."""
 
-    def __init__(self, options: LocalOptions, worker: str = WORKER) -> None:
-        """`worker`: the module whose `main(path of the recipe) -> exit status` each rank runs."""
+    def __init__(self, options: LocalOptions) -> None:
         super().__init__(options)
         self._options = options
-        self._worker = worker
 
-    def launch(self, recipe: Recipe) -> int:
-        """Write the recipe into the run folder and run it on every rank.
+    def launch(self, recipe: Recipe, worker: str = TRAINING) -> int:
+        """Write the recipe into the run folder and run the worker on every rank.
 
         Returns 0 when all ranks ended well, else the exit status of the rank that failed first (128 + signal when it
         was killed). Raises PreflightError when the run folder cannot be written or the environment is not ours.
@@ -41,7 +38,7 @@ class LocalLauncher(Launcher):
         path = write_recipe(recipe)
         count = self._process_count(recipe)
         if count == 1:
-            return self._run_here(path)
+            return self._run_here(path, worker)
         if "RANK" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
             raise PreflightError(
                 f"launcher local would start {count} ranks inside a process that another launcher has started (RANK="
@@ -56,7 +53,7 @@ class LocalLauncher(Launcher):
             log_files: dict[int, Path] = {rank: (logs / f"rank{rank}.log").resolve() for rank in range(1, count)}
             for rank, log in log_files.items():
                 environments[rank][LOG_VARIABLE] = str(log)
-            command = ("-m", "mmrl_core.launch.rank", self._worker, str(path.resolve()))
+            command = ("-m", "mmrl_core.launch.rank", worker, str(path.resolve()))
             return run_ranks(sys.executable, command, environments, log_files)
 
     def _process_count(self, recipe: Recipe) -> int:
@@ -73,14 +70,14 @@ class LocalLauncher(Launcher):
             )
         return count
 
-    def _run_here(self, path: Path) -> int:
+    def _run_here(self, path: Path, worker: str) -> int:
         if self._options.threads_per_process is not None:
             os.environ[_THREADS] = str(self._options.threads_per_process)
             if "torch" in sys.modules:  # it read the variable when it was imported
                 import torch
 
                 torch.set_num_threads(self._options.threads_per_process)
-        status: int = importlib.import_module(self._worker).main(path)
+        status: int = importlib.import_module(worker).main(path)
         return status
 
     def _environment(self, rank: int, count: int, folder: Path) -> dict[str, str]:

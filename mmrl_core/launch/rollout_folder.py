@@ -56,10 +56,8 @@ class RolloutFolder:
         Raises RolloutError when it holds rollouts of other settings, or something else, or cannot be written.
         """
         with _writing(path):
-            ours = (path / SETTINGS).exists()
-            if not ours and path.exists() and (not path.is_dir() or any(p.name[0] != "." for p in path.iterdir())):
-                raise RolloutError(f"{path}: is not empty, and holds no rollouts. Choose another --output")
-            if not ours or overwrite:
+            check_folder(path)
+            if overwrite or not (path / SETTINGS).exists():
                 path.mkdir(parents=True, exist_ok=True)
                 _clear(path)
                 _replace(path / SETTINGS, json.dumps(settings, indent=2) + "\n")
@@ -113,6 +111,14 @@ class RolloutFolder:
         ]
         save_image(self.path / SHEET, contact_sheet(cells, columns=size, title=title))
         return len(groups)
+
+
+def check_folder(path: Path) -> None:
+    """Raise RolloutError when the path holds something else than rollouts. Names with a dot in front do not count."""
+    if (path / SETTINGS).exists() or not path.exists():
+        return
+    if not path.is_dir() or any(inside.name[0] != "." for inside in path.iterdir()):
+        raise RolloutError(f"{path}: is not empty, and holds no rollouts. Choose another --output")
 
 
 def save_sample(folder: Path, sample: Sample, number: int, scored: Scored, seed: int, fps: float) -> Row:

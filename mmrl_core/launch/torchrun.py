@@ -7,7 +7,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from mmrl_core.contracts import Launcher
+from mmrl_core.contracts import TRAINING, Launcher
 from mmrl_core.errors import PreflightError
 from mmrl_core.launch.options import TorchrunOptions
 from mmrl_core.launch.runfolder import RECIPE_FILE, write_recipe, write_recipe_to
@@ -20,12 +20,10 @@ _COMMAND = "torchrun --nproc-per-node=RANKS_PER_NODE --no-python mmrl train RECI
 class TorchrunLauncher(Launcher):
     """Runs this rank in this process."""
 
-    def __init__(self, options: TorchrunOptions, worker: str = "mmrl_core.launch.worker") -> None:
-        """`worker`: the module whose `main(path of the recipe) -> exit status` this rank runs."""
+    def __init__(self, options: TorchrunOptions) -> None:
         super().__init__(options)
-        self._worker = worker
 
-    def launch(self, recipe: Recipe) -> int:
+    def launch(self, recipe: Recipe, worker: str = TRAINING) -> int:
         """Run the worker here. Raises PreflightError when torchrun's variables are missing or unusable.
 
         Rank 0 writes the run folder's recipe. The other ranks keep their copy to themselves: a recipe that differs
@@ -33,15 +31,16 @@ class TorchrunLauncher(Launcher):
         """
         rank = check_environment()
         if rank == 0:
-            return self._run(write_recipe(recipe))
+            return _run(write_recipe(recipe), worker)
         with tempfile.TemporaryDirectory(prefix=f"mmrl-rank{rank}-") as folder:
             path = Path(folder) / RECIPE_FILE
             write_recipe_to(recipe, path)
-            return self._run(path)
+            return _run(path, worker)
 
-    def _run(self, path: Path) -> int:
-        status: int = importlib.import_module(self._worker).main(path)
-        return status
+
+def _run(path: Path, worker: str) -> int:
+    status: int = importlib.import_module(worker).main(path)
+    return status
 
 
 def check_environment() -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -104,25 +104,14 @@ def side_by_side(panels: Sequence[Pixels], *, widest: int = 2000) -> Pixels:
 # -------------------------------------------------------------------------------------------------------------- samples
 
 
-def sample_sheet(
-    samples: Sequence[Sample],
-    *,
-    scores: Mapping[int, float] | None = None,
-    largest: int = 256,
-    frames: int = 3,
-    title: str = "",
-) -> Pixels:
-    """The contact sheet of samples that have an image or a video, with their prompts, and with the reward of those
-    whose sample id is in `scores`. When every prompt has equally many samples, a row holds those of one prompt.
+def sample_sheet(samples: Sequence[Sample], *, largest: int = 256, frames: int = 3, title: str = "") -> Pixels:
+    """The contact sheet of samples that have an image or a video, with their prompts, and with the scores of those
+    that have one. When every prompt has equally many samples, a row holds those of one prompt.
 
     Raises MediaError when a sample has neither, or something that is no picture.
     """
     cells = [
-        Cell(
-            pixels=sample_pixels(sample),
-            caption=sample.prompt.question(),
-            note=f"{scores[sample.sample_id]:.4g}" if scores and sample.sample_id in scores else "",
-        )
+        Cell(pixels=sample_pixels(sample), caption=sample.prompt.question(), note=sample.shown_score())
         for sample in samples
     ]
     return contact_sheet(cells, columns=_group_size(samples), largest=largest, frames=frames, title=title)

@@ -110,7 +110,7 @@ class ConsoleWriter:
                     self._print(Text(f"  {title}: {value!r}"))
             return
         table = Table(title="samples of the last step", show_lines=True)
-        for title in ("prompt", "response", "answer"):
+        for title in ("prompt", "response", "answer", "score"):
             table.add_column(title, overflow="fold")
         for sample in samples:
             table.add_row(*(Text(value) for _, value in _sample_cells(sample, limit)))
@@ -204,5 +204,10 @@ def _response(sample: Sample) -> str:
 
 def _sample_cells(sample: Sample, limit: int) -> list[tuple[str, str]]:
     answer = "" if sample.answer is None else str(sample.answer)
-    cells = {"prompt": sample.prompt.question(), "response": _response(sample), "answer": answer}
+    cells = {
+        "prompt": sample.prompt.question(),
+        "response": _response(sample),
+        "answer": answer,
+        "score": sample.shown_score(),
+    }
     return [(title, text if len(text) <= limit else text[: limit - 3] + "...") for title, text in cells.items()]

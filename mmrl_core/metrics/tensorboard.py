@@ -77,8 +77,13 @@ class TensorboardWriter:
 
 
 def _markdown(sample: Sample) -> str:
-    """Prompt, response and reference answer; indented, so that nothing in them is taken for markup."""
-    parts = {"prompt": sample.prompt.question(), "response": sample.text or "", "answer": str(sample.answer)}
+    """Prompt, response, reference answer and score; indented, so that nothing in them is taken for markup."""
+    parts = {
+        "prompt": sample.prompt.question(),
+        "response": sample.text or "",
+        "answer": str(sample.answer),
+        "score": sample.shown_score(),
+    }
     return "\n\n".join(
         f"**{title}**\n\n" + "\n".join(f"    {line}" for line in text.splitlines()) for title, text in parts.items()
     )

@@ -89,7 +89,8 @@ class WandbWriter:
                 self._run.log(row)
 
     def _picture(self, sample: Sample, folder: Path) -> Any:
-        pixels, caption = sample_pixels(sample), sample.prompt.question()
+        pixels = sample_pixels(sample)
+        caption = "  ".join(filter(None, (sample.prompt.question(), sample.shown_score())))
         if pixels.ndim == 4 and self._options.videos:
             path = folder / f"{sample.sample_id}.mp4"
             write_video(path, pixels, fps=self._options.fps)

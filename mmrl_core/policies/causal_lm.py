@@ -129,7 +129,7 @@ class CausalLmPolicy(TokenPolicy):
     def load(self, dtype: torch.dtype, *, adapters: bool = True) -> nn.Module:
         model = model_folder.load_causal_lm(self.model, dtype, self.options.attention)
         if self.model.init_from is not None:
-            load_initial(model, self.model.init_from, lambda name: name)
+            load_initial(model, self.model.init_from, lambda name: name, model=self.model.path)
         if adapters and self.model.lora is not None:
             add_adapters(model, self.model.lora, task_type="CAUSAL_LM")
         model_folder.check_head(model, self.model.path)

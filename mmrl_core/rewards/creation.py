@@ -8,6 +8,7 @@ from mmrl_core.contracts import Reward
 from mmrl_core.errors import PluginError
 from mmrl_core.plugins import Selected
 from mmrl_core.rewards.function import RewardFunction
+from mmrl_core.vector_math import resolve_vector_math
 
 
 def create_reward(selected: Selected) -> Reward:
@@ -17,6 +18,7 @@ def create_reward(selected: Selected) -> Reward:
     with `@reward`. What the constructor raises passes through.
     """
     target = selected.found.load()
+    resolve_vector_math()  # a network computes its first score as it computes the others
     if isinstance(target, RewardFunction):
         return target.create(selected.options)
     found = selected.found

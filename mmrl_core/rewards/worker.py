@@ -24,6 +24,7 @@ from mmrl_core.rewards.checks import BatchFailedError, check_results
 from mmrl_core.rewards.creation import create_reward
 from mmrl_core.rewards.frames import receive_frame, send_frame
 from mmrl_core.rewards.guard import adopt_descendants, die_with, watch
+from mmrl_core.vector_math import resolve_vector_math
 
 
 def main(arguments: list[str]) -> None:
@@ -52,6 +53,7 @@ def _serve(channel: socket.socket) -> None:
     try:
         reward = _load(setup)
         reward.setup(setup["device"])
+        resolve_vector_math()  # by now a reward that uses torch has imported it
     except Exception as error:  # noqa: BLE001 - a stranger's code; the trainer raises it with this traceback
         _send(channel, _failed(error))
         return

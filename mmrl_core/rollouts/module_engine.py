@@ -17,7 +17,7 @@ class ModuleOptions(Protocol):
     """The options such an engine has."""
 
     @property
-    def weights(self) -> Literal["shared", "own"]: ...
+    def weights(self) -> Literal["auto", "shared", "own"]: ...
     @property
     def dtype(self) -> str | None: ...
 
@@ -29,14 +29,13 @@ class ModuleEngine(RolloutEngine):
 
     def __init__(self, options: Any) -> None:
         super().__init__(options)
-        self.weights: Literal["own", "shared"] = options.weights
+        self.weights: Literal["own", "shared"] = "own"  # until `setup` knows the backend
         self._own: nn.Module | None = None
         self._version = 0
 
     def setup(self, context: RunContext, policy: Policy, backend: TrainingBackend | None) -> None:
         self.context, self.policy, self.backend = context, policy, backend
-        if backend is None:
-            self.weights = "own"  # there is no training network to share
+        self.weights = _weights(self.options.weights, backend)
         if self.weights == "own":
             module = policy.load(getattr(torch, self.dtype), adapters=False).requires_grad_(False)
             self._own = module.to(context.device.torch_device)
@@ -77,3 +76,17 @@ class ModuleEngine(RolloutEngine):
                 targets.pop(name).copy_(tensor)
         if targets:
             raise RolloutError(f"the weight stream left out {sorted(targets)[:3]} ({len(targets)} in all)")
+
+
+def _weights(asked: Literal["auto", "shared", "own"], backend: TrainingBackend | None) -> Literal["own", "shared"]:
+    """Whose weights to generate with. Raises RolloutError when the backend's are asked for and not on offer."""
+    if backend is None or asked == "own":
+        return "own"  # without a backend there is no training network to share
+    if backend.shares_module:
+        return "shared"
+    if asked == "shared":
+        raise RolloutError(
+            f"rollout.weights: shared, but {type(backend).__name__} divides the training network over ranks, so that "
+            "none can generate with it alone. Use weights: auto or own: the engine then holds a copy"
+        )
+    return "own"

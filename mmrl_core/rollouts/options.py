@@ -10,8 +10,9 @@ from mmrl_core.recipe import Positive, Spec
 class HfOptions(Spec):
     """Generation with the transformers model itself."""
 
-    weights: Literal["shared", "own"] = "shared"
-    """shared: generate with the training network, which is then not held twice; own: a copy, updated every step."""
+    weights: Literal["auto", "shared", "own"] = "auto"
+    """shared: generate with the training network, which is then not held twice; own: a copy, updated every step; auto:
+    shared where the training backend offers it, else own."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Precision of own weights; the model's when not set."""
     max_rows: Positive = 512
@@ -21,8 +22,9 @@ class HfOptions(Spec):
 class FlowEngineOptions(Spec):
     """Denoising with the policy's own network."""
 
-    weights: Literal["shared", "own"] = "shared"
-    """shared: denoise with the training network, which is then not held twice; own: a copy, updated every step."""
+    weights: Literal["auto", "shared", "own"] = "auto"
+    """shared: denoise with the training network, which is then not held twice; own: a copy, updated every step; auto:
+    shared where the training backend offers it, else own."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Precision of own weights; the model's when not set."""
     max_rows: Positive = 256

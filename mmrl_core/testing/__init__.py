@@ -14,7 +14,9 @@ A plugin's tests subclass one class a component and run it with pytest::
 | `RewardConformance` | `mmrl_core.testing.rewards` | no |
 | `PromptSourceConformance` | `mmrl_core.testing.prompt_sources` | no |
 | `WriterConformance` | `mmrl_core.testing.writers` | no |
+| `WeightFormatConformance` | `mmrl_core.testing.weight_formats` | yes |
 | `LauncherConformance` | `mmrl_core.testing.launchers` | yes |
+| `PatchConformance` (not of a component) | `mmrl_core.testing.patches` | no |
 | `DeviceConformance` | `mmrl_core.testing.devices` | yes |
 | `PolicyConformance` | `mmrl_core.testing.policies` | yes |
 | `BackendConformance` | `mmrl_core.testing.backends` | yes |
@@ -45,9 +47,11 @@ if "pytest" in sys.modules:  # so that a failed check shows its values; nothing 
                 "engine_sampling",
                 "engines",
                 "launchers",
+                "patches",
                 "policies",
                 "prompt_sources",
                 "rewards",
+                "weight_formats",
                 "writers",
             )
         )

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mmrl_core.contracts import Minibatch, TrainingBackend
+from mmrl_core.errors import BackendError
 from mmrl_core.testing.backend_stage import TEMPERATURE, BackendStage, Bench
 from mmrl_core.testing.texts import (
     CheckLoss,
@@ -115,8 +116,13 @@ class GradientChecks(BackendStage):
             assert (log_probs - bench.expected.log_probs).abs().max() <= self.log_prob_tolerance, options
 
     def test_inference_module_is_the_live_network(self, bench: Bench) -> None:
-        """Rollout engines with shared weights generate with it; training goes on afterwards."""
+        """Rollout engines with shared weights generate with it; training goes on afterwards. A backend that offers
+        none says so, and says it again when asked."""
         backend, cast = bench.default()
+        if not backend.shares_module:
+            with pytest.raises(BackendError), backend.inference_module():
+                pass
+            return
         before = gradients(backend, bench.minibatch)
         with torch.no_grad(), backend.inference_module() as module:
             log_probs = cast.policy.replay(module, bench.rollouts).log_probs.cpu()

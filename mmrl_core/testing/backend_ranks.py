@@ -65,10 +65,11 @@ def _look(cast: Cast, near: torch.Tensor, folder: Path, rank: Rank) -> dict[str,
     }
     record = backend.reference(uneven.rollouts)
     seen["reference"] = record.get("log_probs", [])
-    with torch.no_grad(), backend.inference_module() as module:
-        for _ in range(1 + 2 * rank.world.rank):  # a collective in here would hang: ranks differ in their forwards
-            live = cast.policy.replay(module, uneven.rollouts).log_probs.cpu()
-    seen["live"] = live
+    if backend.shares_module:
+        with torch.no_grad(), backend.inference_module() as module:
+            for _ in range(1 + 2 * rank.world.rank):  # a collective in here would hang: ranks differ in their forwards
+                live = cast.policy.replay(module, uneven.rollouts).log_probs.cpu()
+        seen["live"] = live
     bad = poisoned(uneven) if replica.index == replica.count - 1 else uneven
     seen["poisoned_metrics"] = backend.update(bad, loss)
     seen["poisoned"] = collected(backend.export_weights())

@@ -105,6 +105,8 @@ class BackendStage:
     """Whether it trains adapters."""
     ranks: ClassVar[int] = 2
     """Processes for the checks across ranks; 0 skips them."""
+    rank_options: ClassVar[Mapping[str, Any]] = {}
+    """Options beside `options` for the checks across ranks: a layout that one process cannot have."""
     log_prob_tolerance: ClassVar[float] = 2e-5
     """Largest difference of a log-prob from transformers' own, fp32."""
     gradient_tolerance: ClassVar[float] = 1e-5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -62,7 +63,8 @@ class ComponentConformance:
     """The declaration. Base of every other conformance class, which sets `kind`."""
 
     kind: ClassVar[str]
-    """`device`, `backend`, `rollout`, `reward`, `policy`, `launcher`, `prompt source` or `writer`."""
+    """`device`, `backend`, `rollout`, `reward`, `policy`, `launcher`, `prompt source`, `writer` or
+    `weight format`."""
     component: ClassVar[str | Component]
     """A word that a recipe could say (`mine`, `my-distribution:mine`), or the `Component` itself for a plugin whose
     distribution is not installed while it is being tested."""
@@ -115,7 +117,7 @@ class ComponentConformance:
         """Recipes are checked on machines without torch, and in milliseconds: options modules may not import it."""
         component = self.found().component
         modules = [dotted for dotted in (component.options, component.sampling) if dotted is not None]
-        done = run_python("-c", _IMPORT_WITHOUT_TORCH, *modules)
+        done = _import_without_torch(tuple(modules), tuple(sys.path))
         assert done.returncode == 0, done.stderr
         assert "torch" not in json.loads(done.stdout)
 
@@ -139,7 +141,7 @@ class ComponentConformance:
         component = self.found().component
         if component.probe is None:
             return  # it declares itself available everywhere; the import below then has to work
-        seconds, torch_imported, answer = _probe_in_fresh_process(component.probe)
+        seconds, torch_imported, answer = _probe_in_fresh_process(component.probe, tuple(sys.path))
         assert not torch_imported, f"{component.probe} imported torch only to answer"
         assert seconds < PROBE_LIMIT_S, f"{component.probe} took {seconds:.2f} s; at most {PROBE_LIMIT_S} s"
         assert isinstance(answer, dict), f"{component.probe} returned {answer}; it must return a Probe"
@@ -162,7 +164,14 @@ class ComponentConformance:
             assert type(selected.options).model_validate(plain) == selected.options
 
 
-def _probe_in_fresh_process(probe: str) -> tuple[float, bool, Any]:
+@functools.cache
+def _import_without_torch(modules: tuple[str, ...], _path: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
+    """Once for all classes that check one component; `_path` is the `sys.path` of the process."""
+    return run_python("-c", _IMPORT_WITHOUT_TORCH, *modules)
+
+
+@functools.cache
+def _probe_in_fresh_process(probe: str, _path: tuple[str, ...]) -> tuple[float, bool, Any]:
     """(seconds, whether torch was imported, the answer). The better of two runs: machines are shared."""
     answers: list[tuple[float, bool, Any]] = []
     for _ in range(2):

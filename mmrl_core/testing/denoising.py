@@ -7,6 +7,7 @@ split in different ways. What the network computes is the family's business and 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint import state_dict_saver
 
 from mmrl_core.contracts import (
     ActionStats,
@@ -271,16 +273,16 @@ class DenoisingConformance(ComponentConformance):
         rollouts = engine.generate(easel.requests(self.prompts, 3), easel.sampling())
         minibatch = check_minibatch(rollouts)
         record = backend.reference(rollouts)
-        with torch.no_grad():
-            stats = cast.policy.replay(backend.module, rollouts, reference=record)  # type: ignore[attr-defined]
+        with torch.no_grad(), backend.inference_module() as module:
+            stats = cast.policy.replay(module, rollouts, reference=record)
         assert float(stats.kl.abs().max()) <= 1e-9
         for _ in range(3):
             backend.update(minibatch, RatioLoss())
         assert all(
             torch.equal(a, b) for a, b in zip(backend.reference(rollouts)["means"], record["means"], strict=True)
         )
-        with torch.no_grad():
-            moved = cast.policy.replay(backend.module, rollouts, reference=record)  # type: ignore[attr-defined]
+        with torch.no_grad(), backend.inference_module() as module:
+            moved = cast.policy.replay(module, rollouts, reference=record)
         assert float(moved.kl.min()) >= 0
         assert float(moved.kl.max()) > 0
 
@@ -298,6 +300,23 @@ class DenoisingConformance(ComponentConformance):
         requests = easel.requests(self.prompts, 2)
         ours, theirs = easel.engine.generate(requests, easel.sampling()), engine.generate(requests, easel.sampling())
         assert torch.allclose(ours.behaviour_log_probs, theirs.behaviour_log_probs, atol=self.log_prob_tolerance)
+
+    def test_weights_of_another_folder_are_taken(self, easel: Easel, tmp_path: Path) -> None:
+        """`model.init_from` replaces the weights of `model.path`; adapters come on top of them."""
+        start = {name: tensor.clone() for bucket in easel.backend.export_weights() for name, tensor in bucket}
+        other = {name: tensor + 0.01 for name, tensor in start.items()}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            state_dict_saver.save({"model": other}, checkpoint_id=tmp_path / "dcp", no_dist=True)
+        for lora in (None, {"rank": 2, "alpha": 4.0}):
+            _, backend, engine = self.varied(easel, model={"init_from": str(tmp_path / "dcp"), "lora": lora})
+            taken = {name: tensor.clone() for bucket in backend.export_weights() for name, tensor in bucket}
+            assert set(taken) == set(start)
+            left = [name for name in taken if not torch.equal(taken[name], other[name])]
+            assert not left, f"weights are not those of model.init_from: {left[0]} and {len(left) - 1} more"
+        requests = easel.requests(self.prompts, 2)
+        ours, theirs = (e.generate(requests, easel.sampling()).payload["states"][0] for e in (easel.engine, engine))
+        assert not torch.equal(ours, theirs), "the engine samples with the weights of model.path"
 
     def test_new_weights_are_used(self, easel: Easel) -> None:
         """After an update and `update_weights`, sampled log-probs are those of the new weights, own copy or shared."""

@@ -36,8 +36,10 @@ class LauncherConformance(ComponentConformance):
         cls.require_available()
         return tiny_language_model(tmp_path_factory.mktemp("conformance") / "model")
 
-    def run(self, folder: Path, **sections: Any) -> subprocess.CompletedProcess[str]:
-        """`mmrl train` of a tiny recipe with this launcher, in a process of its own."""
+    def run(
+        self, folder: Path, command: Sequence[str] | None = None, arguments: Sequence[str] = (), **sections: Any
+    ) -> subprocess.CompletedProcess[str]:
+        """`mmrl train` (or `command`) of a tiny recipe with this launcher, in a process of its own."""
         launcher = {"name": self.found().name, **self.options}
         recipe = tiny_recipe(sections.pop("path"), folder / "run", device=self.device, launcher=launcher, **sections)
         path = write_recipe_file(folder / "recipe.yaml", recipe)
@@ -51,7 +53,12 @@ class LauncherConformance(ComponentConformance):
             "MMRL_COLLECTIVE_TIMEOUT_S": "120",
         }
         return subprocess.run(
-            [*self.command, str(path)], capture_output=True, text=True, env=environment, timeout=LIMIT_S, check=False
+            [*(command or self.command), str(path), *arguments],
+            capture_output=True,
+            text=True,
+            env=environment,
+            timeout=LIMIT_S,
+            check=False,
         )
 
     def test_run_ends_well(self, model: Path, tmp_path: Path) -> None:
@@ -70,3 +77,11 @@ class LauncherConformance(ComponentConformance):
         done = self.run(tmp_path, path=tmp_path / "nowhere")
         assert done.returncode != 0
         assert "nowhere" in done.stderr, f"{done.stdout}\n{done.stderr}"
+
+    def test_other_programs_run_too(self, model: Path, tmp_path: Path) -> None:
+        """`launch` runs the worker that it is given: `mmrl verify` has one of its own. It too runs on every rank."""
+        record = tmp_path / "record"
+        command = ["verify" if word == "train" else word for word in self.command]
+        done = self.run(tmp_path, command, ["--record", str(record), "--synthetic-advantages"], path=model)
+        assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+        assert json.loads((record / "record.json").read_text(encoding="utf-8"))["world"] == self.ranks

@@ -34,6 +34,7 @@ class Published(DenoisingConformance):
 
     family: ClassVar[TinyFamily]
     component = "flow"
+    options: ClassVar = {"max_text_tokens": 16}
     prompts = ("a red cat", "a blue dog on a hill")
 
     @classmethod

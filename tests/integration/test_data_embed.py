@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,14 @@ import pytest
 import torch
 
 from mmrl_core.cli import main as cli
+from mmrl_core.data.captions import EmbeddedCaptionsSource
+from mmrl_core.data.options import EmbeddedCaptionsOptions
 from mmrl_core.errors import DataError
 from mmrl_core.flow.embeddings import EmbeddingFolder, load_conditions
 from mmrl_core.launch.embed_prompts import EmbedJob, default_part, embed_prompts
+from mmrl_core.policies.flow.options import FlowOptions, FlowSampling
+from mmrl_core.policies.flow.policy import FlowPolicy
+from mmrl_core.recipe import ModelSpec
 from mmrl_core.testing.tiny_pipelines import tiny_pipeline
 
 TEXTS = ["a red dog on a beach", "ein Bär", "cats, many of them, all asleep", "x", "a red dog"]
@@ -47,7 +53,7 @@ def test_flux_embeddings_are_those_of_diffusers(tmp_path: Path, flux: Path) -> N
         job(tmp_path, flux, negative_prompt="blurry", batch_size=3), lambda *counts: seen.append(counts)
     )
     assert (summary.prompts, summary.embedded, summary.found, summary.shards) == (5, 5, 0, 3)
-    assert (summary.missing, summary.family) == ((), "flux")
+    assert (summary.missing, summary.family, summary.cut, summary.first_cut) == ((), "flux", 0, None)
     assert seen == [(0, 5), (2, 5), (4, 5), (5, 5)]
     folder = EmbeddingFolder.open(tmp_path / "out")
     assert folder.captions == tuple(TEXTS)
@@ -147,6 +153,42 @@ def test_prompts_come_from_tables_too(tmp_path: Path, flux: Path) -> None:
     loaded = load_conditions(EmbeddingFolder.open(tmp_path / "out").references(2))
     assert loaded["prompt_embeds"].shape[0] == 512
     assert loaded["prompt_embeds"].dtype == torch.bfloat16
+
+
+def test_cut_prompts_are_counted_and_said_once(
+    tmp_path: Path, flux: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    long = "two dogs and three cats in the garden of a house"
+    file = prompts_file(tmp_path, ["x", f"{long} one", "y", f"{long} two", f"{long} three"])
+    command = ["data", "embed", file, str(tmp_path / "out"), "--model", str(flux), "--max-text-tokens", "8"]
+    with caplog.at_level("WARNING", logger="mmrl.model"):
+        assert cli.main([*command, "--batch-size", "1", "--device", "cpu"]) == 0
+    assert len([message for message in caplog.messages if "is cut" in message]) == 1
+    said = "3 prompts were cut to 8 tokens (--max-text-tokens); the first is "
+    assert f"{said}{file}:2\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("named", [None, "blurry", "", "ugly"])
+def test_a_recipe_may_name_the_stored_negative_prompt_and_no_other(
+    tmp_path: Path, flux: Path, named: str | None
+) -> None:
+    embed_prompts(job(tmp_path, flux, texts=TEXTS[:2], negative_prompt="blurry"))
+    source = EmbeddedCaptionsSource(EmbeddedCaptionsOptions(path=str(tmp_path / "out"), shuffle=False), seed=0)
+    source.prepare()
+    policy = FlowPolicy(FlowOptions(negative_prompt=named), ModelSpec(path=str(flux)), FlowSampling(cfg_scale=2.0))
+    if named in (None, "blurry"):
+        first, second = (policy.encode(source.prompt(number)) for number in range(2))
+        torch.testing.assert_close(first, load_conditions(EmbeddingFolder.open(tmp_path / "out").references(0)))
+        name = "negative.prompt_embeds"
+        assert first[name] is second[name], "8 MB for FLUX, once for all prompts"
+        return
+    with pytest.raises(
+        DataError, match=rf"prompt 0: model\.policy\.negative_prompt is '{named}', but .* 'blurry'\. Leave"
+    ):
+        policy.encode(source.prompt(0))
+    unknown = replace(source.prompt(0), columns={"embeddings": source.prompt(0).columns["embeddings"]})
+    with pytest.raises(DataError, match="one whose text they do not say"):
+        policy.encode(unknown)
 
 
 def test_what_is_wrong_is_said_plainly(

@@ -28,7 +28,7 @@ recipe = Recipe.model_validate({
     "algorithm": {"steps": 1, "prompts_per_step": 2, "samples_per_prompt": 2},
 })
 try:
-    sys.exit(LocalLauncher(LocalOptions(processes=2), worker="rank_work").launch(recipe))
+    sys.exit(LocalLauncher(LocalOptions(processes=2)).launch(recipe, "rank_work"))
 except MmrlError as error:
     sys.exit(report_error(error))
 """

@@ -132,6 +132,11 @@ def test_all_prompts_of_a_file_and_the_eval_section(here: Any, capsys: pytest.Ca
     scores = json.loads((here.folder / "scores.json").read_text())
     assert scores["questions"] == [row["prompt"] for row in rows[::2]]
     assert scores["models"][0]["texts"] == [row["text"] for row in rows[::2]], "the same samples as in evaluation"
+    two = ["eval", str(here.recipe), held_out, "launcher.processes=2", "--model", str(here.model)]
+    done = here.mmrl(*two, "--output", "of_two.json")
+    assert done.status == 0, done.all
+    assert done.out.count("held-out prompts") == 1
+    assert json.loads((here.folder / "of_two.json").read_text()) == scores
     rollout("recipe.yaml", "--eval", status=2)
     assert "needs an `eval` section" in capsys.readouterr().err
 
@@ -207,17 +212,12 @@ def test_a_damaged_line_is_named(here: Any, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_two_ranks_share_the_prompts(here: Any) -> None:
+    """Those of torchrun whatever the recipe's launcher says, or the launcher's own."""
     rollout("recipe.yaml", "--output", "alone", "--prompts", "5")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
-    command = [*torchrun, *here.command("rollout", str(here.recipe), "--output", "two", "--prompts", "5")]
+    two = ["rollout", str(here.recipe), "launcher.processes=2", "--output", "two", "--prompts", "5"]
     done = subprocess.run(
-        command, cwd=here.folder, env=here.environment(), capture_output=True, text=True, timeout=240, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("5 prompts, 20 samples") == 1
-    assert rows_of(here.folder / "two") == rows_of(here.folder / "alone")
-    again = subprocess.run(
-        [*command, "data.largest=8"],
+        [*torchrun, *here.command(*two)],
         cwd=here.folder,
         env=here.environment(),
         capture_output=True,
@@ -225,8 +225,12 @@ def test_two_ranks_share_the_prompts(here: Any) -> None:
         timeout=240,
         check=False,
     )
-    assert again.returncode != 0
-    assert "data.largest: 9 -> 8" in again.stderr
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("5 prompts, 20 samples") == 1
+    assert rows_of(here.folder / "two") == rows_of(here.folder / "alone")
+    again = here.mmrl(*two, "data.largest=8")
+    assert again.status != 0
+    assert "data.largest: 9 -> 8" in again.err
 
 
 # ------------------------------------------------------------------------------------------------------------- pictures

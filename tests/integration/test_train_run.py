@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 
@@ -34,7 +35,8 @@ def finished(shared_workshop):
         "eval.prompts=10",
         "eval.every=2",
         "eval.first=true",
-        "writers=[console, jsonl, tensorboard]",
+        "writers=[{name: console, samples: 100}, jsonl, tensorboard]",
+        "show_samples=11",
     )
     return shared_workshop, done
 
@@ -61,6 +63,16 @@ def test_the_run_folder_holds_everything(finished) -> None:
         assert found["score"] == pytest.approx(found["rewards"]["numeric"] + 0.5 * found["rewards"]["length"])
     recipe, _ = load_recipe(folder / "recipe.yaml")
     assert recipe.algorithm.steps == 4
+
+
+def test_as_many_samples_are_shown_as_asked_for_with_their_scores(finished) -> None:
+    workshop, done = finished
+    shown = [float(score) for score in re.findall(r"^  score: '(\S+)'$", done.out, re.MULTILINE)]
+    assert len(shown) == 11
+    row = workshop.metrics("one")[-1]
+    hidden = 12 * row["grpo/score/mean"] - sum(shown)
+    assert row["grpo/score/min"] - 1e-3 <= hidden <= row["grpo/score/max"] + 1e-3, "of the twelve in the step"
+    assert min(hidden, *shown) == pytest.approx(row["grpo/score/min"], abs=1e-3)
 
 
 def test_every_metric_of_the_table_is_there_and_the_times_add_up(finished) -> None:

@@ -121,7 +121,7 @@ class FluxFamily(PipelineFamily):
     def _encode(self, encoders: TextEncoders, texts: Sequence[str]) -> Conditions:
         clip, t5 = encoders.models["text_encoder"], encoders.models["text_encoder_2"]
         words, _ = encoders.tokens("text_encoder", texts, encoders.tokenizers["text_encoder"].model_max_length)
-        encoders.warn_of_cuts("text_encoder_2", texts, self._text_tokens)
+        encoders.note_cuts("text_encoder_2", texts, self._text_tokens)
         pieces, _ = encoders.tokens("text_encoder_2", texts, self._text_tokens)
         # no mask: FLUX was trained with padding attended to
         return {"prompt_embeds": t5(pieces)[0], "pooled_prompt_embeds": clip(words).pooler_output}

@@ -37,7 +37,7 @@ def build(family: Family, model: ModelSpec, dtype: torch.dtype, *, adapters: boo
     network = family.load_network(dtype)
     network.requires_grad_(True)
     if model.init_from is not None:
-        load_initial(network, model.init_from, hugging_face_name)
+        load_initial(network, model.init_from, hugging_face_name, model=model.path)
     if adapters and model.lora is not None:
         add_adapters(network, model.lora)
     return FlowNetwork(network).eval()

@@ -23,8 +23,9 @@ class FlowOptions(Spec):
     """Precision of text encoders; the model's when not set."""
     vae_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision in which latents are decoded."""
-    negative_prompt: str = ""
-    """What classifier-free guidance leads away from."""
+    negative_prompt: str | None = None
+    """What classifier-free guidance leads away from. Null: the text that stored embeddings bring along, and no text
+    where they bring none or prompts are encoded here. Another text than theirs is an error."""
 
 
 class WindowSpec(Spec):

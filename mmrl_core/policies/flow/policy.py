@@ -100,6 +100,7 @@ class FlowPolicy(DenoisingPolicy):
         self._encoder_device = self._host
         self._decoder: nn.Module | None = None
         self._encoded: OrderedDict[str, Conditions] = OrderedDict()
+        self._stored_negative: tuple[Mapping[str, str], Conditions] | None = None
         self._tables: dict[FlowSampling, _Table] = {}
         self._stacked: _Stacked | None = None
 
@@ -112,22 +113,42 @@ class FlowPolicy(DenoisingPolicy):
 
     def encode(self, prompt: Prompt) -> dict[str, Tensor]:
         stored = prompt.columns.get("embeddings")
-        if stored is not None:
-            guided = self.sampling.cfg_scale > 1
-            wanted = {name: place for name, place in stored.items() if guided or not name.startswith(NEGATIVE)}
-            try:
-                conditions = load_conditions(wanted)
-            except DataError as error:
-                raise DataError(f"{prompt.origin}: {error}") from error
-        else:
-            conditions = self._encode_text(prompt.question(), prompt.origin)
-        return self._with_negative(conditions, self.sampling)
+        if stored is None:
+            return self._with_negative(self._encode_text(prompt.question(), prompt.origin), self.sampling)
+        own = {name: place for name, place in stored.items() if not name.startswith(NEGATIVE)}
+        negative = {name: place for name, place in stored.items() if name.startswith(NEGATIVE)}
+        try:
+            if not negative:
+                return self._with_negative(load_conditions(own), self.sampling)
+            self._check_negative_prompt(prompt.columns.get("negative_prompt"))
+            return {**load_conditions(own), **self._load_negative(negative)}
+        except DataError as error:
+            raise DataError(f"{prompt.origin}: {error}") from error
+
+    def _check_negative_prompt(self, stored: str | None) -> None:
+        """Raises DataError when the recipe names another negative prompt than the stored embeddings were made with."""
+        named = self.options.negative_prompt
+        if named is None or named == stored:
+            return
+        theirs = "one whose text they do not say" if stored is None else repr(stored)
+        raise DataError(
+            f"model.policy.negative_prompt is {named!r}, but the embeddings bring their own negative prompt, {theirs}. "
+            "Leave model.policy.negative_prompt out, or embed the prompts again with --negative-prompt"
+        )
+
+    def _load_negative(self, places: Mapping[str, str]) -> Conditions:
+        """Conditions of the negative prompt: read once, since all prompts of a folder have the same."""
+        if self._stored_negative is None or self._stored_negative[0] != places:
+            self._stored_negative = (dict(places), load_conditions(places))
+        return self._stored_negative[1]
 
     def _with_negative(self, conditions: Mapping[str, Tensor], sampling: FlowSampling) -> Conditions:
-        """The conditions, and those of the negative prompt where guidance needs them."""
-        if sampling.cfg_scale == 1.0 or any(name.startswith(NEGATIVE) for name in conditions):
+        """The conditions, with those of the negative prompt where guidance needs them and without them elsewhere."""
+        if sampling.cfg_scale == 1.0:
+            return {name: value for name, value in conditions.items() if not name.startswith(NEGATIVE)}
+        if any(name.startswith(NEGATIVE) for name in conditions):
             return dict(conditions)
-        negative = self._encode_text(self.options.negative_prompt, "model.policy.negative_prompt")
+        negative = self._encode_text(self.options.negative_prompt or "", "model.policy.negative_prompt")
         return {**conditions, **{NEGATIVE + name: value for name, value in negative.items()}}
 
     def _encode_text(self, text: str, origin: str) -> Conditions:

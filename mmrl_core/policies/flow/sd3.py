@@ -108,7 +108,7 @@ class Sd3Family(PipelineFamily):
         clip = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
         width = self.widths["prompt_embeds"]
         if "text_encoder_3" in encoders.models:
-            encoders.warn_of_cuts("text_encoder_3", texts, self._text_tokens)
+            encoders.note_cuts("text_encoder_3", texts, self._text_tokens)
             pieces, _ = encoders.tokens("text_encoder_3", texts, self._text_tokens)
             t5 = encoders.models["text_encoder_3"](pieces)[0]  # no mask: padding is attended to
         else:

@@ -26,6 +26,10 @@ class TextEncoders(nn.Module):
     def __init__(self, folder: DiffusersFolder, dtype: torch.dtype, classes: Mapping[str, EncoderClasses]) -> None:
         """Load them in `dtype` on the CPU. Raises ModelError."""
         super().__init__()
+        self.cut_rows: tuple[int, ...] = ()
+        """Of the texts encoded last: which were too long."""
+        self.cuts = 0
+        """Texts that were too long, so far."""
         self.models = nn.ModuleDict()
         self.tokenizers: dict[str, Any] = {}
         for name, (encoder, tokenizers) in classes.items():
@@ -42,11 +46,18 @@ class TextEncoders(nn.Module):
         device = next(self.models[name].parameters()).device
         return batch.input_ids.to(device), batch.attention_mask.to(device)
 
-    def warn_of_cuts(self, name: str, texts: Sequence[str], length: int) -> None:
-        """Say in the log which texts are longer than `length` tokens."""
+    def note_cuts(self, name: str, texts: Sequence[str], length: int) -> None:
+        """Count the texts longer than `length` tokens. The log has a warning of the first one only: a data set of long
+        prompts would fill it."""
         counts = [len(ids) for ids in self.tokenizers[name](list(texts)).input_ids]
-        for text, count in zip(texts, counts, strict=True):
-            if count > length:
-                log.warning(
-                    "a prompt of %d tokens is cut to %d (model.policy.max_text_tokens): %.60r", count, length, text
-                )
+        self.cut_rows = tuple(row for row, count in enumerate(counts) if count > length)
+        if self.cut_rows and not self.cuts:
+            row = self.cut_rows[0]
+            log.warning(
+                "a prompt of %d tokens is cut to %d (model.policy.max_text_tokens), and so will longer ones be from "
+                "here on, without further warning: %.60r",
+                counts[row],
+                length,
+                texts[row],
+            )
+        self.cuts += len(self.cut_rows)

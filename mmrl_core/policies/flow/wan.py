@@ -95,7 +95,7 @@ class WanFamily(PipelineFamily):
 
     def _encode(self, encoders: TextEncoders, texts: Sequence[str]) -> Conditions:
         tidy = [tidied(text) for text in texts]
-        encoders.warn_of_cuts("text_encoder", tidy, self._text_tokens)
+        encoders.note_cuts("text_encoder", tidy, self._text_tokens)
         pieces, mask = encoders.tokens("text_encoder", tidy, self._text_tokens)
         states = encoders.models["text_encoder"](pieces, mask).last_hidden_state
         return {"prompt_embeds": states.masked_fill(mask[..., None] == 0, 0.0)}

@@ -260,8 +260,8 @@ def test_our_own_checkpoints_and_lora_on_top(tmp_path: Path, below: str) -> None
 def test_the_policy_says_what_is_wrong_with_the_folder(tmp_path: Path) -> None:
     model = tiny_language_model(tmp_path / "model")
     with Rank.join("cpu", tmp_path) as rank:
-        policy: Policy = rank.cast(tiny_recipe(model, tmp_path, model={"init_from": str(model)})).policy
-        with pytest.raises(ModelError, match=r"model\.init_from '.*model' is no folder of torch\.dist"):
+        policy: Policy = rank.cast(tiny_recipe(model, tmp_path, model={"init_from": str(tmp_path)})).policy
+        with pytest.raises(ModelError, match=r"model\.init_from '.*' is no folder of torch\.dist"):
             policy.load(torch.float32)
 
 

@@ -58,7 +58,8 @@ def _blocks(page: str, text: str, languages: tuple[str, ...]) -> Iterator[Block]
 
 @pytest.fixture(scope="session")
 def pages() -> Pages:
-    files = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted(ROOT.glob("contrib/*/README.md"))]
+    packages = [*sorted(ROOT.glob("contrib/*/README.md")), *sorted(ROOT.glob("plugins/*/README.md"))]
+    files = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *packages]
     texts = {
         str(file.relative_to(ROOT)): file.read_text(encoding="utf-8") for file in files if "generated" not in file.parts
     }

@@ -16,6 +16,7 @@ import yaml
 
 from mmrl_core.cli import main as cli
 from mmrl_core.errors import RecipeError
+from mmrl_core.hookspecs import Component
 from mmrl_core.metrics import names
 from mmrl_core.plugin_checks import declared
 from mmrl_core.plugins import KINDS, Plugin, Plugins, import_string, load_plugins, resolve
@@ -31,6 +32,7 @@ SAMPLE_PACKAGES = {
     "docs/how-to/reward-plugin.md": ("src", "mmrl_politeness.plugin"),
     "docs/how-to/other-plugins.md#prompts": ("", "capitals"),
     "docs/how-to/other-plugins.md#writer": ("", "csv_writer"),
+    "docs/how-to/other-plugins.md#weights": ("", "npz_weights"),
 }
 """Plugins that the pages themselves write: (folder below the page's, module with the hooks)."""
 
@@ -63,7 +65,7 @@ def plugins(written: Path) -> Plugins:
     for name in modules:
         module = importlib.import_module(name)
         assert module.mmrl_api == 1
-        components = {kind: declared(module, hook, name) for kind, hook in KINDS.items()}
+        components = {kind: declared(module, hook, name, Component) for kind, hook in KINDS.items()}
         assert any(components.values()), f"{name} declares nothing"
         extra.append(Plugin(name=name, distribution=name, version="0", module=name, components=components))
     return Plugins(manager=installed.manager, plugins=[*installed.plugins, *extra])
@@ -149,6 +151,8 @@ def test_every_command_exists(pages: Any, generator: Any, written: Path, plugins
                 assert words[1] == "install", where
                 for extra in re.findall(r"(?:mmrl-core|\.)\[([^\]]+)\]", " ".join(words)):
                     assert set(extra.split(",")) <= extras, where
+            elif words[:2] == ["hf", "download"]:
+                assert "--local-dir" in words, f"{where}: a recipe names the folder"
             elif words[:2] == ["python", "-c"]:
                 compile(words[2], where, "exec")
             elif words[:2] == ["python", "-m"]:
@@ -212,7 +216,8 @@ def test_fields_named_in_the_text_exist(pages: Any, generator: Any) -> None:
     pattern = re.compile(rf"(?:{sections})(?:\.[a-z_]+)+")
     count = 0
     for page, span in pages.inline():
-        for name in re.findall(pattern, span if re.fullmatch(rf"{pattern.pattern}(?:[:=].*)?", span) else ""):
+        found = re.fullmatch(rf"{pattern.pattern}(?:[:=].*)?", span) and not span.endswith(".py")
+        for name in re.findall(pattern, span if found else ""):
             assert name in known, f"{page}: {name}"
             count += 1
     assert count > 10
@@ -230,8 +235,9 @@ def test_metrics_named_in_the_text_exist(pages: Any) -> None:
 
 def test_files_named_in_the_text_exist(pages: Any) -> None:
     for page, span in pages.inline():
-        if names.find(span) is None and re.fullmatch(r"(?:mmrl_core|contrib|recipes|tests|docs|perf)/[\w/.-]+", span):
-            assert (ROOT / span).exists(), f"{page}: {span}"
+        first = "mmrl_core|contrib|plugins|recipes|tests|docs|perf|src|licenses"
+        if names.find(span) is None and re.fullmatch(rf"(?:{first})/[\w/.-]+", span):
+            assert any((root / span).exists() for root in (ROOT, (ROOT / page).parent)), f"{page}: {span}"
 
 
 def test_links_of_the_readme_lead_somewhere(pages: Any) -> None:
@@ -255,6 +261,24 @@ def test_python_of_the_pages_compiles(pages: Any) -> None:
     assert len(blocks) > 8
     for block in blocks:
         compile(block.text, str(block), "exec")
+
+
+def test_the_weight_format_of_the_pages_goes_there_and_back(plugins: Plugins, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    from mmrl_core.checkpoint.hf_format import HuggingFaceSource
+
+    own = {"a.weight": torch.randn(3, 4), "b": torch.zeros(2)}
+    save_file(own, tmp_path / "model.safetensors")
+    npz = plugins.get("weight format", "npz").load()
+    assert not npz.detect(tmp_path)
+    source = HuggingFaceSource(tmp_path, where="here", complete=True)
+    npz(None).write(source, tmp_path, model=None, progress=lambda done, total: None)
+    assert npz.detect(tmp_path)
+    again = npz.open(tmp_path, where="there", model=None)
+    assert {n: again.shape(n) for n in again.names()} == {n: tuple(t.shape) for n, t in own.items()}
+    assert all(torch.equal(again.read(n), t) for n, t in own.items())
 
 
 def test_rewards_of_the_pages_score(plugins: Plugins) -> None:

@@ -98,7 +98,7 @@ def test_scores_rewards_texts_and_samples_are_those_of_the_prompts_in_order() ->
     assert found.mean == pytest.approx(-21.0)
     # the first sample of a prompt, which scores best here and would come last by value
     assert found.texts == tuple(f"answer {3 * g}" for g in range(5))
-    assert [s.text for s in found.samples] == ["answer 0", "answer 3"]
+    assert [(s.text, s.score) for s in found.samples] == [("answer 0", 0.0), ("answer 3", -9.0)]
     assert [r.seeds for r in engine.asked] == [tuple(seed_of(9, 0, 3 * g + k) for k in range(3)) for g in range(5)]
     assert [r.group_seed for r in engine.asked] == [seed_of(9, 0, -2 - g) for g in range(5)]
 

@@ -71,7 +71,7 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 @pytest.mark.parametrize("processes", [1, "auto"])
 def test_one_process_runs_here(recipe: Recipe, worker: list[Path], processes: Any) -> None:
-    status = LocalLauncher(LocalOptions(processes=processes), worker="mmrl_test_worker").launch(recipe)
+    status = LocalLauncher(LocalOptions(processes=processes)).launch(recipe, "mmrl_test_worker")
     assert status == 3
     assert worker == [recipe.directory / "recipe.yaml"]
     assert load_recipe(worker[0])[0] == recipe
@@ -158,12 +158,12 @@ def test_only_rank_zero_writes_the_run_folder(
     recipe: Recipe, worker: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torchrun_environment(monkeypatch)
-    launcher = TorchrunLauncher(TorchrunOptions(), worker="mmrl_test_worker")
-    assert launcher.launch(recipe) == 3
+    launcher = TorchrunLauncher(TorchrunOptions())
+    assert launcher.launch(recipe, "mmrl_test_worker") == 3
     assert not recipe.directory.exists()
     assert not worker[0].exists(), "the private copy is removed"
     torchrun_environment(monkeypatch, RANK="0", LOCAL_RANK="0")
-    assert launcher.launch(recipe) == 3
+    assert launcher.launch(recipe, "mmrl_test_worker") == 3
     assert worker[1] == recipe.directory / "recipe.yaml"
 
 

@@ -50,7 +50,10 @@ def images(step: int, count: int = 4) -> list[Sample]:
 
 def videos(step: int) -> list[Sample]:
     frames = np.stack([np.full((33, 48, 3), 10 * step + 20 * f, np.uint8) for f in range(5)])
-    return [*images(step, 1), Sample(sample_id=9, group_id=1, prompt=Prompt(index=1, text="a fox"), video=frames)]
+    return [
+        *images(step, 1),
+        Sample(sample_id=9, group_id=1, prompt=Prompt(index=1, text="a fox"), video=frames, score=-0.5),
+    ]
 
 
 def play(
@@ -303,7 +306,7 @@ def test_wandb_shows_the_first_frame_or_the_whole_video(run: Run, tmp_path: Path
     (_, frame), (still, whole) = (row["eval/samples"] for row in run.rows)
     assert np.array_equal(frame.content, videos(0)[1].video[0])
     assert still.content.shape == (8, 8, 3)
-    assert (whole.content.shape, whole.more, whole.caption) == ((5, 34, 48, 3), {"format": "mp4"}, "a fox")
+    assert (whole.content.shape, whole.more, whole.caption) == ((5, 34, 48, 3), {"format": "mp4"}, "a fox  -0.5")
     assert names(tmp_path / "temporary") == [], "nothing is left behind"
 
 
@@ -348,6 +351,7 @@ def test_a_picture_has_words(terminal: bool) -> None:
     text = printed({}, [*videos(1), TEXT[0]], terminal=terminal)
     assert "image 8x8" in text
     assert "video 5x33x48" in text
+    assert "-0.5" in text, "the score of a sample that has one"
     assert "before training  held-out 0.333" in text
     assert "0.778" not in text, "that of a step stands on the step's line"
 

@@ -74,7 +74,7 @@ def metrics(step: int) -> dict[str, float]:
 
 def sample(text: str = "[bold]4[/bold]") -> Sample:
     prompt = Prompt(index=0, messages=({"role": "user", "content": "What is *2+2*?"},), answer="4")
-    return Sample(sample_id=0, group_id=0, prompt=prompt, text=text)
+    return Sample(sample_id=0, group_id=0, prompt=prompt, text=text, score=0.62517)
 
 
 def play(writer: Any, recipe: Recipe, run_dir: Path, first: int, last: int, end: bool = True) -> None:
@@ -153,6 +153,7 @@ def test_tensorboard_scalars_and_texts(recipe: Recipe, tmp_path: Path) -> None:
     texts = events.Tensors("samples/0/text_summary")
     assert {event.step for event in texts} == {1, 2, 3, 4}
     assert "    What is *2+2*?" in texts[0].tensor_proto.string_val[0].decode()
+    assert "    0.6252" in texts[0].tensor_proto.string_val[0].decode()
 
 
 # -------------------------------------------------------------------------------------------------------------- console
@@ -180,6 +181,7 @@ def test_plain_lines_without_a_terminal(recipe: Recipe, tmp_path: Path) -> None:
     assert "score 0.125 -> 0.5 (prompts: 8)" in text
     assert "runs/demo/export" in text
     assert "[bold]4[/bold]" in text, "a sample is text, never markup"
+    assert "score: '0.6252'" in text
 
 
 def test_a_terminal_shows_a_bar_keeps_lines_and_ends_with_a_panel(recipe: Recipe, tmp_path: Path) -> None:

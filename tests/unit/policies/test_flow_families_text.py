@@ -106,7 +106,7 @@ def test_encoders_are_of_the_networks_precision(name: str, pipeline_folder: Any,
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_cut_prompt_is_said_in_the_log(
+def test_the_first_cut_prompt_is_said_in_the_log_and_all_are_counted(
     name: str, pipeline_folder: Any, prepared: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     family = prepared(pipeline_folder(name), max_text_tokens=8)
@@ -115,9 +115,12 @@ def test_a_cut_prompt_is_said_in_the_log(
         assert family.encode(encoders, []) == []
         family.encode(encoders, ["a cat"])
         assert not [m for m in caplog.messages if "is cut" in m]
-        family.encode(encoders, ["a cat", "two dogs on the house of a cat in the sky"])
+        for other in ("house", "cat"):
+            family.encode(encoders, ["a cat", f"two dogs on the {other} of a cat in the sky"])
     (message,) = [m for m in caplog.messages if "is cut" in m]
     assert "is cut to 8 (model.policy.max_text_tokens)" in message
+    assert "two dogs on the house" in message
+    assert (encoders.cuts, encoders.cut_rows) == (2, (1,))
 
 
 @pytest.mark.parametrize("name", ["flux", "sd3"])
