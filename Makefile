@@ -50,7 +50,7 @@ quickstart-image: $(VENV)/.installed ## Teach a small diffusion model to draw th
 test: export HF_HUB_OFFLINE := 1
 test: export OMP_NUM_THREADS := 1
 test: lint types docs ## Everything that must hold: style, types, docs, all tests
-	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder --durations=25
 
 test-fast: export HF_HUB_OFFLINE := 1
 test-fast: $(VENV)/.installed-dev ## The tests that take seconds

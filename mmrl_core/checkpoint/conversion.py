@@ -20,7 +20,7 @@ from mmrl_core.checkpoint.matching import SHOWN, MatchedSource, Wanted, tensor_b
 from mmrl_core.checkpoint.model_files import DIGESTS, read_config, wanted_by
 from mmrl_core.checkpoint.safetensors_stream import raw_bytes
 from mmrl_core.contracts import WeightFormat, WeightSource
-from mmrl_core.errors import ModelError
+from mmrl_core.errors import CheckpointError, ModelError
 
 Digests = dict[str, dict[str, Any]]
 """By Hugging Face name: dtype, shape and sha256 of a tensor."""
@@ -66,12 +66,13 @@ def convert(job: Conversion, progress: Callable[[str, int, int], None]) -> Conve
         progress: called with (what is being done, bytes done, bytes in all).
 
     Raises:
-        ModelError: the target exists, the source is damaged or of another model, the target format cannot express it,
-            or, with `verify`, what was written differs from the source.
+        ModelError: the source is damaged or of another model, or the target format cannot express it.
+        CheckpointError: the target exists or cannot be written, or, with `verify`, what was written differs from the
+            source, or the source from its own digests.
         PluginError: a format is not installed.
     """
     if job.target.exists():
-        raise ModelError(f"{job.target} exists; nothing is overwritten. Choose another folder, or remove it first")
+        raise CheckpointError(f"{job.target} exists; nothing is overwritten. Choose another folder, or remove it first")
     target_format: WeightFormat = load_format(job.target_format)(job.options)
     where = str(job.source)
     word = job.source_format or detect_format(job.source, where)
@@ -88,7 +89,7 @@ def convert(job: Conversion, progress: Callable[[str, int, int], None]) -> Conve
         text = json.dumps({"written_by": f"mmrl {__version__}", "weights": digests}, indent=1)
         (folder / DIGESTS).write_text(text + "\n", encoding="utf-8")
         if job.verify:
-            _compare(_stored_digests(job.source), digests, f"{where}: the source")
+            _compare(_stored_digests(job.source), digests, f"{where}: the source", names=False)
             again = type(target_format).open(folder, where=str(job.target), model=model)
             again = again if wanted is None else MatchedSource(again, wanted)
             _compare(_digests(again, lambda done, of: progress("verifying", done, of)), digests, str(job.target))
@@ -107,7 +108,9 @@ def _check_room(target: Path, size: int) -> None:
     existing = next(parent for parent in target.absolute().parents if parent.is_dir())
     free = shutil.disk_usage(existing).free
     if free < size:
-        raise ModelError(f"{target}: {size / 2**30:.1f} GiB to write, but {existing} has {free / 2**30:.1f} GiB free")
+        raise CheckpointError(
+            f"{target}: {size / 2**30:.1f} GiB to write, but {existing} has {free / 2**30:.1f} GiB free"
+        )
 
 
 @contextmanager
@@ -120,7 +123,7 @@ def _new_folder(target: Path) -> Iterator[Path]:
         yield partial
         partial.rename(target)
     except OSError as error:
-        raise ModelError(f"{target} cannot be written: {error}") from error
+        raise CheckpointError(f"{target} cannot be written: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -189,22 +192,27 @@ def _stored_digests(folder: Path) -> Digests | None:
     return stored
 
 
-def _compare(found: Digests | None, expected: Digests, what: str) -> None:
-    """Raise ModelError unless both have the same tensors. Tensors of another dtype (`--dtype`) are not compared."""
+def _compare(found: Digests | None, expected: Digests, what: str, *, names: bool = True) -> None:
+    """Raise CheckpointError unless both have the same tensors. Those of another dtype (`--dtype`) are not compared.
+
+    Args:
+        names: also unless both have the same names.
+    """
     if found is None:
         return
-    missing = sorted(set(expected) - set(found))
-    unexpected = sorted(set(found) - set(expected))
-    differing = [
-        name
-        for name, digest in expected.items()
-        if name in found and found[name]["dtype"] == digest["dtype"] and found[name] != digest
-    ]
-    kinds = {"missing": missing, "unexpected": unexpected, "different": differing}
+    kinds = {
+        "missing": sorted(set(expected) - set(found)) if names else [],
+        "unexpected": sorted(set(found) - set(expected)) if names else [],
+        "different": [
+            name
+            for name, digest in expected.items()
+            if name in found and found[name]["dtype"] == digest["dtype"] and found[name] != digest
+        ],
+    }
     lines = [
-        f"  {kind} ({len(names)}): {'; '.join(names[:SHOWN])}{'; ...' if len(names) > SHOWN else ''}"
-        for kind, names in kinds.items()
-        if names
+        f"  {kind} ({len(some)}): {'; '.join(some[:SHOWN])}{'; ...' if len(some) > SHOWN else ''}"
+        for kind, some in kinds.items()
+        if some
     ]
     if lines:
-        raise ModelError(f"{what} is not what was converted:\n" + "\n".join(lines))
+        raise CheckpointError(f"{what} is not what was converted:\n" + "\n".join(lines))

@@ -9,7 +9,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -160,8 +160,8 @@ class Recorder:
             stage.rewards.setup()
         if given is not None or not engine.replica.is_root:
             stage.rewards.close()
-        without_rewards = Job(**{**asdict(job), "synthetic_advantages": job.synthetic_advantages or given is not None})
-        generate(stage, engine, without_rewards, self.folder / BATCH)
+        scored = replace(job, synthetic_advantages=job.synthetic_advantages or given is not None)
+        generate(stage, engine, scored, self.folder / BATCH)
         engine.close()
         sampled = Batch.read(self.folder / BATCH)
         return given or sampled, self._mismatch(sampled)

@@ -33,7 +33,7 @@ def scores(folder: Path, run: str) -> list[float]:
 
 @pytest.mark.slow
 @pytest.mark.network
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(2700)
 def test_the_quickstart_learns_and_the_control_does_not(tmp_path: Path) -> None:
     out = mmrl(tmp_path, "train", str(RECIPE))
     assert "run finished" in out

@@ -49,7 +49,7 @@ def first_row(sheet: Path) -> list[Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_the_image_quickstart_learns_and_the_control_does_not(tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     held_out, rows = train(tmp_path, "digits", f"algorithm.steps={STEPS}")

@@ -42,7 +42,7 @@ class Bench:
             capture_output=True,
             text=True,
             check=False,
-            timeout=1500,
+            timeout=500,
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout

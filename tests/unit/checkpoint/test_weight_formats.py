@@ -25,7 +25,7 @@ from mmrl_core.checkpoint.matching import Wanted
 from mmrl_core.checkpoint.model_files import wanted_by
 from mmrl_core.cli.main import main
 from mmrl_core.contracts import WeightSource
-from mmrl_core.errors import ModelError, PluginError
+from mmrl_core.errors import CheckpointError, ModelError, PluginError
 from mmrl_core.testing.tiny import tiny_language_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -236,7 +236,7 @@ def test_nothing_is_overwritten_and_nothing_half_written_remains(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = hf_folder(tmp_path / "hf", some_tensors())
-    with pytest.raises(ModelError, match=r"hf exists; nothing is overwritten"):
+    with pytest.raises(CheckpointError, match=r"hf exists; nothing is overwritten"):
         convert(job(source, source, "dcp"), quiet)
 
     def stops(what: str, done: int, total: int) -> None:
@@ -246,7 +246,7 @@ def test_nothing_is_overwritten_and_nothing_half_written_remains(
         with pytest.raises(KeyboardInterrupt):
             convert(job(source, tmp_path / "out", word), stops)
     monkeypatch.setattr(conversion.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 10))  # type: ignore[attr-defined]
-    with pytest.raises(ModelError, match=r"0.0 GiB to write, but .* has 0.0 GiB free"):
+    with pytest.raises(CheckpointError, match=r"0.0 GiB to write, but .* has 0.0 GiB free"):
         convert(job(source, tmp_path / "out", "dcp"), quiet)
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]
 
@@ -271,11 +271,11 @@ def test_digests_are_stored_and_what_differs_is_found(tmp_path: Path, monkeypatc
 
     with monkeypatch.context() as patch:
         patch.setattr(conversion, "load_format", lambda word: {"hf": HuggingFaceFormat, "dcp": Wrong}[word])
-        with pytest.raises(ModelError, match=r"(?s)is not what was converted:\n  different \(1\): c.weight"):
+        with pytest.raises(CheckpointError, match=r"(?s)is not what was converted:\n  different \(1\): c.weight"):
             convert(job(source, tmp_path / "two", "dcp"), quiet)
         assert not (tmp_path / "two").exists()
     save_file({**own, "a.weight": own["a.weight"] + 1}, tmp_path / "one/model.safetensors")
-    with pytest.raises(ModelError, match=r"the source is not what was converted:\n  different \(1\): a.weight"):
+    with pytest.raises(CheckpointError, match=r"the source is not what was converted:\n  different \(1\): a.weight"):
         convert(job(tmp_path / "one", tmp_path / "three", "dcp"), quiet)
 
 

@@ -87,8 +87,8 @@ def check_args(args: argparse.Namespace | None, arch: Architecture, where: str) 
         stated = getattr(args, name, None)
         if name == "group_query_attention" or not isinstance(stated, int) or isinstance(stated, bool):
             continue
-        if name == "num_query_groups" and not getattr(args, "group_query_attention", False):
-            stated = arch.heads  # Megatron's default of 1 stands there when the option is off
+        if name == "num_query_groups" and stated == 1:
+            continue  # Megatron's default, which stands there when group_query_attention is off
         if stated != value:
             raise ModelError(
                 f"{where}: the checkpoint is of a model with {name} = {stated}; the config given for it says {value}"

@@ -29,8 +29,25 @@ if TYPE_CHECKING:
 class Stage(GPTModel):  # type: ignore[misc]
     """A GPTModel whose last stage ends with hidden states: logits are made of chosen tokens only, elsewhere."""
 
+    post_process: bool
+
     def _postprocess(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
         return hidden_states
+
+    def forward(self, *arguments: Any, **named: Any) -> Tensor:
+        """Hidden states [s, b, H]."""
+        hidden: Tensor
+        if hasattr(GPTModel, "_postprocess"):
+            hidden = super().forward(*arguments, **named)
+            return hidden
+        # megatron-core before 0.13 has no such step to replace: it goes on to logits where this says so
+        last: bool = self.post_process
+        self.post_process = False
+        try:
+            hidden = super().forward(*arguments, **named)
+        finally:
+            self.post_process = last
+        return hidden
 
     def head_weight(self) -> Tensor:
         """[padded vocabulary / TP, H], on the last stage."""

@@ -71,7 +71,6 @@ class MegatronAdamW(UpdateGuard):
         self.megatron = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer="adam",
-                decoupled_weight_decay=True,
                 lr=spec.lr,
                 weight_decay=spec.weight_decay,
                 adam_beta1=spec.betas[0],
