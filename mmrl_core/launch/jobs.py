@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ def launch_job(
 
     Args:
         recipe: complete (see `mmrl_core.resolved.complete`).
-        folder: takes the recipe, the job and the ranks' logs.
+        folder: takes the recipe, the job and the ranks' logs, and is removed when all ended well.
         job: what the command asks for, as JSON values.
         worker: a module with `main(path of the recipe)` for ranks of the launcher, and `run(recipe, selection, job)`.
         models: that the ranks will load; packaged ones are unpacked once, before there are several ranks.
@@ -43,6 +44,8 @@ def launch_job(
     except OSError as error:
         raise PreflightError(f"{folder}: cannot be written: {error.strerror or error}") from error
     status: int = selection.launcher.create().launch(recipe.model_copy(update={"run_dir": str(folder)}), worker)
+    if status == 0:
+        shutil.rmtree(folder)
     return status
 
 

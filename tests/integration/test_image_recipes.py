@@ -130,9 +130,10 @@ def test_two_ranks_learn_what_one_learns(studio: Studio) -> None:
     assert set(one) == set(two)
     # AdamW divides by the size of the gradient: where it is nearly 0 its sign is rounding, worth 2 lr an update
     assert max(float((one[n] - two[n]).abs().max()) for n in one) < 2e-6
-    assert [r["grad_norm"] for r in studio.metrics("two")] == pytest.approx(
-        [r["grad_norm"] for r in studio.metrics("whole")], rel=1e-4
-    )
+    norms, expected = ([r["grad_norm"] for r in studio.metrics(name)] for name in ("two", "whole"))
+    assert norms[0] == pytest.approx(expected[0], rel=1e-5)
+    # after an update a pixel may round to the next of 256 values, and its reward follows
+    assert norms == pytest.approx(expected, rel=1e-3)
 
 
 def test_killed_and_resumed_is_the_whole(studio: Studio) -> None:

@@ -132,7 +132,7 @@ def test_all_prompts_of_a_file_and_the_eval_section(here: Any, capsys: pytest.Ca
     scores = json.loads((here.folder / "scores.json").read_text())
     assert scores["questions"] == [row["prompt"] for row in rows[::2]]
     assert scores["models"][0]["texts"] == [row["text"] for row in rows[::2]], "the same samples as in evaluation"
-    two = ["eval", str(here.recipe), held_out, "launcher.processes=2", "--model", str(here.model)]
+    two = ["eval", str(here.recipe), held_out, "launcher={name: local, processes: 2}", "--model", str(here.model)]
     done = here.mmrl(*two, "--output", "of_two.json")
     assert done.status == 0, done.all
     assert done.out.count("held-out prompts") == 1
@@ -215,7 +215,7 @@ def test_two_ranks_share_the_prompts(here: Any) -> None:
     """Those of torchrun whatever the recipe's launcher says, or the launcher's own."""
     rollout("recipe.yaml", "--output", "alone", "--prompts", "5")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
-    two = ["rollout", str(here.recipe), "launcher.processes=2", "--output", "two", "--prompts", "5"]
+    two = ["rollout", str(here.recipe), "launcher={name: local, processes: 2}", "--output", "two", "--prompts", "5"]
     done = subprocess.run(
         [*torchrun, *here.command(*two)],
         cwd=here.folder,

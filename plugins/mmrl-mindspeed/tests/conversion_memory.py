@@ -43,7 +43,7 @@ def main() -> None:
         options=None if dotted is None else import_string(dotted, word)(**json.loads(options)),
         model=None,
         dtype=None,
-        verify=True,
+        verify=False,
     )
     peak = Peak()
     peak.start()
