@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +17,9 @@ from mmrl_core.errors import MmrlError, ModelError, PluginError
 from mmrl_core.plugins import Found, import_string, load_plugins
 
 KIND = "weight format"
+
+M_MMAP_THRESHOLD = -3
+"""glibc's number for it, in malloc.h."""
 
 DESCRIPTION = (
     "Write the weights in SOURCE, of any installed format, into TARGET in another one. Nothing is overwritten, and "
@@ -54,6 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     options = _options(arguments)
+    _keep_no_freed_memory()
 
     import torch
 
@@ -85,6 +91,17 @@ def run(arguments: argparse.Namespace) -> int:
         f"in {seconds:.1f} s{', verified' if job.verify else ''}"
     )
     return 0
+
+
+def _keep_no_freed_memory() -> None:
+    """Let glibc return a tensor's memory when it is freed.
+
+    It raises the size from which it does (M_MMAP_THRESHOLD) with every large block that is freed, up to 32 MiB, and
+    then keeps most of what a conversion streams through. Other C libraries need no telling.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 1 << 20)
 
 
 # ----------------------------------------------------------------------------------------------- the formats' options

@@ -1,15 +1,16 @@
-"""A program of its own: convert, watching the process's anonymous memory. Prints the peak in bytes.
+"""A program of its own: `mmrl convert` with the same arguments, watching the process's anonymous memory.
 
-`python -m conversion_memory SOURCE TARGET FORMAT OPTIONS`, the options as JSON.
+Prints the peak in bytes.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 import threading
 import time
 from pathlib import Path
+
+from mmrl_core.cli.main import main
 
 
 def anonymous() -> int:
@@ -29,29 +30,15 @@ class Peak(threading.Thread):
             time.sleep(0.002)
 
 
-def main() -> None:
-    from mmrl_core.checkpoint.conversion import Conversion, convert
-    from mmrl_core.plugins import import_string, load_plugins
-
-    source, target, word, options = sys.argv[1:]
-    dotted = load_plugins().get("weight format", word).component.options
-    job = Conversion(
-        source=Path(source),
-        target=Path(target),
-        source_format=None,
-        target_format=word,
-        options=None if dotted is None else import_string(dotted, word)(**json.loads(options)),
-        model=None,
-        dtype=None,
-        verify=False,
-    )
+def run() -> None:
     peak = Peak()
     peak.start()
-    convert(job, lambda what, done, total: None)
+    status = main(["convert", *sys.argv[1:]])
     peak.on = False
     peak.join()
     print(peak.value)
+    sys.exit(status)
 
 
 if __name__ == "__main__":
-    main()
+    run()

@@ -50,22 +50,23 @@ def write_large_model(folder: Path) -> int:
     return total
 
 
-def peak_of(source: Path, target: Path, word: str, **options: object) -> int:
+def peak_of(*arguments: str) -> int:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "conversion_memory", str(source), str(target), word, json.dumps(options)]
+    command = [sys.executable, "-m", "conversion_memory", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     return int(done.stdout.splitlines()[-1])
 
 
 def test_anonymous_memory_stays_below_two_shards_and_300_mb(tmp_path: Path) -> None:
-    total = write_large_model(tmp_path / "hf")
+    hf, mcore, dcp, back = (str(tmp_path / name) for name in ("hf", "mcore", "dcp", "back"))
+    total = write_large_model(Path(hf))
     shard = total / 8
     limit = 2 * shard + 300e6
     assert limit < total, "a conversion that holds the model would pass"
     peaks = {
-        "mcore": peak_of(tmp_path / "hf", tmp_path / "mcore", "mcore", tensor_parallel=4, pipeline_parallel=2),
-        "dcp": peak_of(tmp_path / "mcore", tmp_path / "dcp", "dcp"),
-        "hf": peak_of(tmp_path / "dcp", tmp_path / "back", "hf", shard_gb=shard / 2**30),
+        "mcore": peak_of(hf, mcore, "--to", "mcore", "--tensor-parallel", "4", "--pipeline-parallel", "2"),
+        "dcp": peak_of(mcore, dcp, "--to", "dcp"),
+        "hf": peak_of(dcp, back, "--to", "hf", "--shard-gb", str(shard / 2**30)),
     }
     assert all(peak < limit for peak in peaks.values()), (peaks, limit)
