@@ -51,7 +51,7 @@ def test_plain_megatron_reads_every_rank_and_computes_what_transformers_does(tmp
         assert (logits[str(variant)] - expected).abs().max() < 1e-5, variant
 
 
-@pytest.mark.slow
+@pytest.mark.network
 def test_a_published_model_goes_there_and_back(tmp_path: Path) -> None:
     from mmrl_core.packaged_models import local_path
 
