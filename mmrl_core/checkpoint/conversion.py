@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,8 +21,6 @@ from mmrl_core.checkpoint.model_files import DIGESTS, read_config, wanted_by
 from mmrl_core.checkpoint.safetensors_stream import raw_bytes
 from mmrl_core.contracts import WeightFormat, WeightSource
 from mmrl_core.errors import CheckpointError, ModelError
-
-_M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
 Digests = dict[str, dict[str, Any]]
 """By Hugging Face name: dtype, shape and sha256 of a tensor."""
@@ -75,7 +71,6 @@ def convert(job: Conversion, progress: Callable[[str, int, int], None]) -> Conve
             source, or the source from its own digests.
         PluginError: a format is not installed.
     """
-    _give_freed_tensors_back()
     if job.target.exists():
         raise CheckpointError(f"{job.target} exists; nothing is overwritten. Choose another folder, or remove it first")
     target_format: WeightFormat = load_format(job.target_format)(job.options)
@@ -107,14 +102,6 @@ def _wanted(source: WeightSource, model: Path | None) -> Sequence[Wanted] | None
         return None
     twins = set(source.names()) >= TIED and read_config(model).get("tie_word_embeddings")
     return None if source.complete and not twins else wanted_by(model)
-
-
-def _give_freed_tensors_back() -> None:
-    """Let glibc return every freed block above a mebibyte to the system. By default it keeps blocks of up to 32 MiB for
-    itself, in pieces that the next tensor does not fit, and memory grows with the model (726 MB for 700 MB; 284 so)."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:  # musl has none, and none of the trouble
-        mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 def _check_room(target: Path, size: int) -> None:

@@ -25,12 +25,7 @@ from torch import Tensor
 
 def build(args: argparse.Namespace, first_stage: int | None) -> GPTModel:
     """A GPTModel as Megatron's own pretrain_gpt.py builds it from the checkpoint's arguments."""
-    uneven = {}
-    if first_stage is not None:
-        uneven = {
-            "num_layers_in_first_pipeline_stage": first_stage,
-            "num_layers_in_last_pipeline_stage": args.num_layers - first_stage,
-        }
+    uneven = {} if first_stage is None else {"num_layers_in_first_pipeline_stage": first_stage}
     transformer = TransformerConfig(
         num_layers=args.num_layers,
         hidden_size=args.hidden_size,

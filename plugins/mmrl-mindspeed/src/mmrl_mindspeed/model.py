@@ -18,7 +18,7 @@ from mmrl_core.errors import BackendError
 from mmrl_mindspeed import layout as naming
 from mmrl_mindspeed.architecture import Architecture
 from mmrl_mindspeed.attention import CausalAttention, Norm
-from mmrl_mindspeed.layout import Weight, padded_vocabulary
+from mmrl_mindspeed.layout import Weight, padded_vocabulary, stage_of
 from mmrl_mindspeed.parallel import Layout
 from mmrl_mindspeed.rope import Rotary
 
@@ -167,13 +167,6 @@ def named_shards(
         if stage_of(weight, stages) == layout.pipeline_rank:
             yield weight, parameters.pop(_local_name(weight, stages[layout.pipeline_rank]))
     assert not parameters, f"parameters of no name: {sorted(parameters)[:3]}"
-
-
-def stage_of(weight: Weight, stages: Sequence[range]) -> int:
-    """The index of the pipeline stage that has `weight`."""
-    if weight.layer is None:
-        return 0 if weight.stage == "first" else len(stages) - 1
-    return next(index for index, layers in enumerate(stages) if weight.layer in layers)
 
 
 def _local_name(weight: Weight, layers: range) -> str:

@@ -88,6 +88,9 @@ def establish(options: MegatronOptions, world: World) -> Layout:
     known = _established.get(key)
     if known is None or known[0] is not everyone:
         parallel_state.destroy_model_parallel()
+        # 0.12.1 leaves these of the layout before, and then looks for groups that this rank is not in
+        parallel_state._EMBEDDING_GLOBAL_RANKS = None
+        parallel_state._POSITION_EMBEDDING_GLOBAL_RANKS = None
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=options.tensor_parallel,
             pipeline_model_parallel_size=options.pipeline_parallel,

@@ -13,8 +13,8 @@ from mmrl_core.contracts import Bucket
 from mmrl_core.errors import ModelError
 from mmrl_mindspeed import layout as naming
 from mmrl_mindspeed.architecture import Architecture
-from mmrl_mindspeed.layout import Weight, full_shape, merge, padded_vocabulary, shard, split, unshard
-from mmrl_mindspeed.model import named_shards, stage_of
+from mmrl_mindspeed.layout import Weight, full_shape, merge, padded_vocabulary, shard, split, stage_of, unshard
+from mmrl_mindspeed.model import named_shards
 from mmrl_mindspeed.parallel import Layout
 
 BUCKET_BYTES = 256 << 20
