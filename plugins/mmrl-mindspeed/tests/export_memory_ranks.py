@@ -1,7 +1,7 @@
 """What each rank of the export's memory test runs: `python -m export_memory_ranks FOLDER BUCKET_BYTES`.
 
-Writes to FOLDER/RANK.json the bytes of the model, and by how many this process's anonymous memory grew at its peak while
-the weights were streamed to a consumer that keeps nothing.
+Writes to FOLDER/RANK.json the bytes of the model, and by how many this process's anonymous memory grew at its peak
+while the weights were streamed to a consumer that keeps nothing.
 """
 
 from __future__ import annotations

@@ -16,15 +16,13 @@ BUCKET = 8 << 20
 
 
 @pytest.mark.parametrize("layout", [{"tensor_parallel": 2}, {"pipeline_parallel": 2}], ids=["TP2", "PP2"])
-def test_export_never_holds_two_copies(
-    tmp_path: Path, layout: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_export_never_holds_two_copies(tmp_path: Path, layout: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     model = write_model(
         tmp_path / "model", "qwen2", layers=8, hidden_size=512, intermediate_size=2048, tie_word_embeddings=False
     )
     recipe = tiny_recipe(model, tmp_path / "run", backend={"name": "megatron", **layout})
     (tmp_path / "recipe.json").write_text(json.dumps(recipe), encoding="utf-8")
-    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", str(1 << 20))  # freed tensors leave the process: peaks are of live ones
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", str(1 << 20))  # freed tensors leave the process
     run_ranks("export_memory_ranks", [str(tmp_path), str(BUCKET)], 2, tmp_path)
     largest = 2 * 2048 * 512 * 4  # gate and up, fused: whole, its shards, and its parts
     for rank in range(2):
