@@ -6,9 +6,6 @@ BIN := $(VENV)/bin
 # A package index that serves CPU builds of torch, where the default one would bring several GB of CUDA, for example
 #   make quickstart TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
-# Recipe fields for the quickstarts, for example
-#   make quickstart OVERRIDES="backend=megatron backend.pipeline_parallel=2 launcher.processes=2"
-OVERRIDES ?=
 # Processes of `make test`; each needs about 2 GB
 TEST_PROCESSES ?= 2
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -40,12 +37,12 @@ $(VENV)/.installed-dev: $(VENV)/.installed $(PLUGINS)
 	@touch $@
 
 quickstart: $(VENV)/.installed ## Train SmolLM2-135M on arithmetic, evaluate it before and after, show the result
-	$(BIN)/mmrl train recipes/quickstart.yaml $(OVERRIDES)
-	$(BIN)/mmrl eval recipes/quickstart.yaml --output runs/quickstart/eval.json $(OVERRIDES)
+	$(BIN)/mmrl train recipes/quickstart.yaml
+	$(BIN)/mmrl eval recipes/quickstart.yaml --output runs/quickstart/eval.json
 	@echo "picture: runs/quickstart/progress.png    metrics: runs/quickstart/metrics.jsonl    log: runs/quickstart/run.log"
 
 quickstart-image: $(VENV)/.installed ## Teach a small diffusion model to draw the digit that it is asked for, show the pictures
-	$(BIN)/mmrl train recipes/quickstart_image.yaml $(OVERRIDES)
+	$(BIN)/mmrl train recipes/quickstart_image.yaml
 	@echo "grids: runs/quickstart_image/images/    picture: runs/quickstart_image/progress.png    metrics: runs/quickstart_image/metrics.jsonl"
 
 # In two processes, a file at a time and in order, so that the longest files come first. Tests and the programs that they
