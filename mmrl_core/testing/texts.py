@@ -30,6 +30,9 @@ def text_rollouts(
     ordinary = torch.tensor(sorted(set(range(len(policy.tokenizer))) - set(policy.tokenizer.all_special_ids)))
     ordinary = ordinary[~torch.isin(ordinary, torch.tensor(sorted(policy.eos_ids)))]
 
+    # prompts begin as chat templates make them: with a special token, the padding token among them
+    markers = torch.tensor(sorted(set(policy.tokenizer.all_special_ids) - {policy.tokenizer.unk_token_id}))
+
     def tokens(count: int) -> Tensor:
         return ordinary[torch.randint(len(ordinary), (count,), generator=draw)]
 
@@ -40,7 +43,7 @@ def text_rollouts(
     responses: list[Tensor] = []
     groups: list[int] = []
     for group, size in enumerate(group_sizes):
-        prompt = tokens(number(2, 12))
+        prompt = torch.cat([markers[group % len(markers)][None], tokens(number(1, 11))])
         for _ in range(size):
             length = longest if not responses else number(1, longest)
             response = tokens(length)
@@ -70,7 +73,9 @@ def plain_model(folder: str | Path) -> Any:
     """The folder's model as transformers loads it: fp32, on the CPU, eager attention, nothing of mmrl."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, attn_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, attn_implementation="eager").eval()
+    model.get_input_embeddings().padding_idx = None  # its row has a gradient too where the token is not padding
+    return model
 
 
 def plain_logits(model: Any, prompt: Tensor, response: Tensor) -> Tensor:

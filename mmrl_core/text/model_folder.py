@@ -52,18 +52,22 @@ def eos_token_ids(spec: ModelSpec, tokenizer: Any) -> frozenset[int]:
 
 
 def load_causal_lm(spec: ModelSpec, dtype: torch.dtype, attention: str) -> Any:
-    """`AutoModelForCausalLM` on the CPU in `dtype`. Raises ModelError."""
+    """`AutoModelForCausalLM` on the CPU in `dtype`, every row of whose embedding is trained. Raises ModelError."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    return _loading(
+    model = _loading(
         spec,
         "model",
         lambda: AutoModelForCausalLM.from_pretrained(
             spec.path, dtype=dtype, attn_implementation=attention, **_remote(spec)
         ),
     )
+    # transformers gives the padding token's row no gradient. Padding is in no loss here, and many models pad with a
+    # token that also stands in prompts (the end of a turn): its gradient would be lost.
+    model.get_input_embeddings().padding_idx = None
+    return model
 
 
 def _remote(spec: ModelSpec) -> dict[str, bool]:
