@@ -20,7 +20,7 @@ from mmrl_core.errors import VerifyError
 from mmrl_core.verify.findings import Place, Row, finite
 from mmrl_core.verify.job import GRADIENTS, NUMBERS, START, UPDATES_PER_STEP, change_folder, read_facts
 from mmrl_core.verify.parameters import Moved, compare_parameters
-from mmrl_core.verify.tolerances import Tolerances, tolerances
+from mmrl_core.verify.tolerances import Tolerances, coarsest, tolerances
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,11 @@ def compare(left: Path, right: Path, changes: Sequence[str] = ()) -> Comparison:
             raise VerifyError(f"{left} and {right} cannot be compared: {words} {name} differs, {a[name]} and {b[name]}")
     dtype, limits = tolerances((a["dtype"], b["dtype"]), changes, len(a["names"][START]))
     numbers = _numbers(left), _numbers(right)
-    rows = [compare_parameters("start weights", left / START, right / START, a["names"][START], limits.start)]
+    # a backend may export the weights that it computes with, or the more precise ones that it trains
+    weights: torch.dtype = getattr(torch, coarsest((a["weights"], b["weights"])))
+    rows = [
+        compare_parameters("start weights", left / START, right / START, a["names"][START], limits.start, dtype=weights)
+    ]
     rows += [_engine_row(facts, side) for facts, side in ((a, "first"), (b, "second")) if facts["engine"]]
     rows.append(_number_row("log-probs", "log_probs", numbers, a, limits.log_probs))
     if any(bool(side["entropy"].any()) for side in numbers if "entropy" in side):
@@ -71,7 +75,7 @@ def compare(left: Path, right: Path, changes: Sequence[str] = ()) -> Comparison:
     )
     rows += [gradients, _scalar_row("gradient norm", "grad_norm", a, b, 0, limits.grad_norm, relative=True)]
     for step in range(1, a["steps"] + 1):
-        rows += _step_rows(left, right, a, b, numbers, step, limits)
+        rows += _step_rows(left, right, a, b, numbers, step, limits, weights)
     return Comparison(left=a, right=b, dtype=dtype, tolerances=limits, rows=rows, hint=_hint(gradients, rows, a, b))
 
 
@@ -83,6 +87,7 @@ def _step_rows(
     numbers: tuple[dict[str, Tensor], dict[str, Tensor]],
     step: int,
     limits: Tolerances,
+    weights: torch.dtype,
 ) -> list[Row]:
     updates = step * UPDATES_PER_STEP
     name = change_folder(step)
@@ -95,7 +100,7 @@ def _step_rows(
             a["names"][name],
             limits.change,
             backwards=True,
-            moved=Moved(start=right / START, gradients=right / GRADIENTS, undecided=limits.undecided),
+            moved=Moved(start=right / START, dtype=weights, gradients=right / GRADIENTS, undecided=limits.undecided),
         ),
         _number_row(f"log-probs, {updates} updates", f"log_probs.{step}", numbers, a, limits.after),
     ]

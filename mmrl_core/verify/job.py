@@ -18,7 +18,7 @@ from mmrl_core.errors import VerifyError
 JOB, FACTS, BATCH, NUMBERS = "verify.json", "record.json", "batch", "numbers.safetensors"
 START, GRADIENTS = "start", "gradients"
 STEM = "weights"
-FORMAT = 1
+FORMAT = 2
 """Grows when records written before can no longer be compared."""
 
 UPDATES_PER_STEP = 2

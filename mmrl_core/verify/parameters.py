@@ -17,9 +17,6 @@ NEGLIGIBLE = 1e-3
 """A parameter whose norm is less than this part of the whole stream's is compared as if it were this part: what is
 left of a gradient that cancels out is rounding."""
 
-_HALF_ULP = 2.0**-24
-"""Relative rounding of an fp32 weight."""
-
 _SAME_DIRECTION = 1.0 - 1e-6
 """Cosine above which two gradients differ in length only."""
 
@@ -46,6 +43,8 @@ class Moved:
 
     start: Path
     """Folder of the weights before; changes cannot be finer than their rounding."""
+    dtype: torch.dtype
+    """What the weights are rounded to."""
     gradients: Path
     """Folder of the gradient of the first update."""
     undecided: float
@@ -56,6 +55,7 @@ class Moved:
     def pairs(self, a: TensorFolder, b: TensorFolder, names: Sequence[str]) -> dict[str, _Pair]:
         """The changes of each parameter in both."""
         found: dict[str, _Pair] = {}
+        half_ulp = torch.finfo(self.dtype).eps / 2
         with TensorFolder(self.start) as start, TensorFolder(self.gradients) as gradients:
             for name in names:
                 left, right = a.read(name), b.read(name)
@@ -65,7 +65,7 @@ class Moved:
                     still = gradient == 0.0  # weight decay alone moves it
                     keep = decided | still
                     left, right = torch.where(keep, left, 0.0), torch.where(keep, right, 0.0)
-                found[name] = _pair(left, right, floor=_HALF_ULP * float(start.read(name).double().norm()))
+                found[name] = _pair(left, right, floor=half_ulp * float(start.read(name).double().norm()))
         return found
 
 
@@ -77,6 +77,7 @@ def compare_parameters(
     tolerance: float,
     *,
     backwards: bool = False,
+    dtype: torch.dtype = torch.float32,
     moved: Moved | None = None,
 ) -> Row:
     """The relative L2 distance of every parameter of two folders.
@@ -86,6 +87,7 @@ def compare_parameters(
     Args:
         names: the left one's parameters, in the order of the forward pass.
         backwards: the first place is the last such parameter: differences of gradients begin next to the loss.
+        dtype: both are rounded to it first.
         moved: the folders hold what updates changed in weights.
     """
     with TensorFolder(left) as a, TensorFolder(right) as b:
@@ -95,7 +97,7 @@ def compare_parameters(
             if a.shape(name) != b.shape(name):
                 return _incomparable(phase, name, f"shapes {list(a.shape(name))} and {list(b.shape(name))}")
         if moved is None:
-            pairs = {name: _pair(a.read(name), b.read(name)) for name in names}
+            pairs = {name: _pair(a.read(name).to(dtype), b.read(name).to(dtype)) for name in names}
         else:
             pairs = moved.pairs(a, b, names)
     whole = math.sqrt(sum(pair.right**2 for pair in pairs.values() if math.isfinite(pair.right)))

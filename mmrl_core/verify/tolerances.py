@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
 from mmrl_core.errors import VerifyError, nearest
@@ -25,7 +25,7 @@ class Tolerances:
     grad_norm: float
     """Relative."""
     change: float
-    """What updates changed in a parameter, beyond the rounding of its fp32 weights."""
+    """What updates changed in a parameter, beyond the rounding of its weights."""
     undecided: float
     """Elements whose gradient is below this part of their parameter's root mean square are left out of `change`."""
     after: float
@@ -69,7 +69,7 @@ BY_DTYPE: Mapping[str, Tolerances] = {
 }
 """See docs/how-to/verify.md for where they come from."""
 
-_PRECISION = ("float32", "float16", "bfloat16")
+_PRECISION = ("float64", "float32", "float16", "bfloat16")
 
 
 DEEP_TENSORS = 100
@@ -77,6 +77,11 @@ DEEP_TENSORS = 100
 DEEP_FACTOR = 10.0
 """By which its fp32 tolerances are larger: every layer adds its rounding to that of the layers below."""
 _DEEPER = ("log_probs", "entropy", "loss", "gradients", "grad_norm", "change")
+
+
+def coarsest(dtypes: Iterable[str]) -> str:
+    """The least precise of some dtypes."""
+    return max(dtypes, key=_PRECISION.index)
 
 
 def tolerances(dtypes: Sequence[str], changes: Sequence[str], tensors: int = 0) -> tuple[str, Tolerances]:

@@ -44,6 +44,7 @@ from mmrl_core.verify.job import (
     Job,
     change_folder,
 )
+from mmrl_core.verify.tolerances import coarsest
 from mmrl_core.verify.weights import TensorFolder
 
 log = logging.getLogger("mmrl.verify")
@@ -114,6 +115,7 @@ class Recorder:
         self.folder = stage.recipe.directory
         self.form: Literal["merged", "adapter"] = "merged" if stage.recipe.model.lora is None else "adapter"
         self.names: dict[str, list[str]] = {}
+        self.precisions: set[str] = set()
         """Names of each weight stream in its order, on rank 0."""
         self.numbers: dict[str, Tensor] = {}
         """[B, T] each, rows as in the batch, on rank 0."""
@@ -258,6 +260,8 @@ class Recorder:
         def noted() -> Iterator[Bucket]:
             for bucket in stream:
                 names.extend(one for one, _ in bucket)
+                if name == START:
+                    self.precisions.update(str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket)
                 # copies: a backend may clear its gradients once the stream has ended, before the file is written
                 yield [(one, tensor.detach().to("cpu", torch.float32, copy=True)) for one, tensor in bucket]
 
@@ -282,6 +286,7 @@ class Recorder:
             "format": FORMAT,
             "combination": {name: value for name, value in values.items() if name not in _NOT_COMPARED},
             "dtype": recipe.model.dtype,
+            "weights": coarsest(self.precisions),
             "form": self.form,
             "world": self.world.size,
             "replicas": self.backend.replica.count,

@@ -16,7 +16,7 @@ from mmrl_core.cli import main as cli
 from mmrl_core.cli import verify as command
 from mmrl_core.errors import VerifyError
 from mmrl_core.verify.compare import compare
-from mmrl_core.verify.job import Job
+from mmrl_core.verify.job import FORMAT, Job
 from mmrl_core.verify.report import as_json, table
 from mmrl_core.verify.tolerances import BY_DTYPE, tolerances
 
@@ -39,7 +39,7 @@ class Sheet:
         self.streams = {"start": tensors(1), "gradients": tensors(2, 1e-3), "change-0001": tensors(3, 1e-3)}
         update = {"loss": 0.25, "grad_norm": 3.5}
         self.facts: dict[str, Any] = {
-            "format": 1,
+            "format": FORMAT,
             "combination": {
                 "device": {"name": "cpu"},
                 "backend": {"name": "fsdp2"},
@@ -47,6 +47,7 @@ class Sheet:
                 "sampling": {"temperature": 1.0},
             },
             "dtype": "float32",
+            "weights": "float32",
             "form": "merged",
             "world": 1,
             "replicas": 1,
@@ -109,6 +110,34 @@ def test_the_first_phase_is_named_even_when_later_ones_differ_more(compared: Cal
 
     first = compared(change).first
     assert (first.phase, first.place.what, first.beyond) == ("entropy", "sample 11 (prompt 0), action 1", 2)
+
+
+def test_rounded_weights_are_compared_with_rounded_ones(compared: Callable[..., Any]) -> None:
+    """One backend exports fp32 weights, the other the bf16 ones that it computes with."""
+
+    def both(sheet: Sheet) -> None:
+        sheet.facts["dtype"] = "bfloat16"
+
+    def rounded(sheet: Sheet) -> None:
+        sheet.facts["weights"] = "bfloat16"
+        start, change = sheet.streams["start"], sheet.streams["change-0001"]
+        for name in NAMES:
+            after = (start[name] + change[name]).bfloat16().float()
+            start[name] = start[name].bfloat16().float()
+            change[name] = after - start[name]
+
+    comparison = compared(rounded, both)
+    assert comparison.first is None
+    change = next(row for row in comparison.rows if row.phase.startswith("weight change"))
+    assert change.difference > 0.5, "a change of 1e-3 is below half a unit in the last place of most of these weights"
+
+
+def test_rounding_excuses_no_other_weights(compared: Callable[..., Any]) -> None:
+    def other(sheet: Sheet) -> None:
+        sheet.facts["weights"] = "bfloat16"
+        sheet.streams["start"]["embed"][0, 0] *= 1.02
+
+    assert compared(other).first.place.what == "embed"
 
 
 def test_log_probs_outside_the_mask_do_not_count(compared: Callable[..., Any]) -> None:
