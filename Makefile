@@ -21,7 +21,7 @@ help: ## Show what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 $(BIN)/python:
-	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "mmrl needs Python 3.10 or newer; say which: make PYTHON=python3.11 ..."'
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("the versions in constraints.txt need Python 3.11 or newer, and this is " + sys.version.split()[0] + "; say which: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
 
 # torch first and pinned: an unconstrained resolver may choose another build
