@@ -51,10 +51,10 @@ def test_the_quickstart_learns_and_the_control_does_not(tmp_path: Path) -> None:
     assert len(held_out) == len(report["questions"])
     assert not held_out & drawn_questions(), "training drew a held-out question"
     control = ["algorithm.shuffle_rewards=true", "run_dir=runs/control", "checkpoint.export=false"]
-    mmrl(tmp_path, "train", str(RECIPE), *control, "algorithm.steps=20")
+    mmrl(tmp_path, "train", str(RECIPE), *control, "algorithm.steps=12")
     shuffled = scores(tmp_path, "control")
     assert sum(shuffled[-5:]) / 5 - sum(shuffled[:5]) / 5 < 0.1, shuffled
-    assert sum(shuffled[-5:]) / 5 < sum(rewards[15:20]) / 5, "as many steps with true rewards do better"
+    assert sum(shuffled[-5:]) / 5 < sum(rewards[7:12]) / 5, "as many steps with true rewards do better"
 
 
 def drawn_questions() -> set[str]:
