@@ -25,9 +25,9 @@ from mmrl_core.errors import RolloutError
 from mmrl_core.text.token_rollouts import token_rollouts
 from mmrl_vllm.options import VllmOptions
 from mmrl_vllm.probe import CURE, VERSIONS, installed, supported
-from mmrl_vllm.starting import sleep_is_possible, start, stop
+from mmrl_vllm.starting import process_kept, sleep_is_possible, start, stop
 from mmrl_vllm.tokens import responses, sampling_params
-from mmrl_vllm.weights import CheckedStream, Names, names_of
+from mmrl_vllm.weights import CheckedStream, Names, names_of, release_packed
 
 TOLERANCE = {"float32": 5e-5, "bfloat16": 0.5, "float16": 0.1}
 """Largest log-prob difference between vLLM and replay, by dtype. Measured with 135M parameters on a CPU: 2.4e-5 in
@@ -153,7 +153,9 @@ class VllmEngine(RolloutEngine):
         log_probs: list[Tensor] = []
         if jobs:
             self._forget_prefixes()  # what is cached shapes the rounding: the same requests give the same samples
-            tokens, log_probs = responses(self._llm.generate(jobs, params, use_tqdm=False))
+            with process_kept(self.context.device):
+                outputs = self._llm.generate(jobs, params, use_tqdm=False)
+            tokens, log_probs = responses(outputs)
         return token_rollouts(self.policy, requests, prompts, tokens, log_probs, self._version)
 
     def _prompt(self, request: GenerationRequest, sampling: Any) -> Tensor:
@@ -189,6 +191,8 @@ class VllmEngine(RolloutEngine):
 
     def _load(self, weights: Iterator[Bucket]) -> None:
         stream = CheckedStream(weights, self._names)
+        if self.context.device.name == "cpu":
+            self._llm.apply_model(release_packed)
         try:
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(stream)})
         except (ValueError, KeyError, AttributeError, AssertionError, RuntimeError) as error:

@@ -20,8 +20,9 @@ log = logging.getLogger("mmrl.rollout")
 
 _REQUIRED = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 """The engine runs in this process: weights need no copy between processes, and ranks stay what the launcher made."""
-_PREFERRED = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
-"""Unless the environment says otherwise."""
+_PREFERRED = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+"""Unless the environment says otherwise. As warnings vLLM tells things that are as they should be here: that it has no
+tokenizer, that positions are no weights."""
 _running: set[int] = set()
 """Engines that have been started and not stopped."""
 
@@ -29,7 +30,7 @@ _running: set[int] = set()
 def start(arguments: Mapping[str, Any], device: DeviceOps, *, what: str) -> Any:
     """vLLM's `LLM` with these arguments. Raises RolloutError, with `what` the engine was to run."""
     _set_environment()
-    with _undisturbed(device):
+    with process_kept(device):
         try:
             import vllm
         except ImportError as error:
@@ -92,18 +93,27 @@ def _set_environment() -> None:
 
 
 @contextmanager
-def _undisturbed(device: DeviceOps) -> Iterator[None]:
-    """Within the block vLLM seeds every generator and, on a CPU, makes torch.set_num_threads do nothing; afterwards all
-    is as it was."""
-    state = random.getstate(), np.random.get_state(), torch.get_rng_state(), device.rng_state()
-    set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
+def process_kept(device: DeviceOps) -> Iterator[None]:
+    """Within the block vLLM seeds generators and draws from them, although every sample has its own, makes
+    torch.set_num_threads do nothing on a CPU, and loads code that makes this thread round tiny numbers to 0.
+
+    Afterwards all is as it was, so that training goes on as with any other engine, resumed or not.
+    """
+    python, numpy, cpu, own = random.getstate(), np.random.get_state(), torch.get_rng_state(), device.rng_state()
+    set_num_threads, threads, flushes = torch.set_num_threads, torch.get_num_threads(), _flushes()
     try:
         yield
     finally:
-        random.setstate(state[0])
-        np.random.set_state(state[1])
-        torch.set_rng_state(state[2])
-        device.set_rng_state(state[3])
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        device.set_rng_state(own)
         torch.set_num_threads = set_num_threads
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
+        torch.set_flush_denormal(flushes)
+
+
+def _flushes() -> bool:
+    """Whether this thread rounds numbers below the smallest normal one to 0."""
+    return (torch.tensor([1e-40]) * 1.0).item() == 0.0

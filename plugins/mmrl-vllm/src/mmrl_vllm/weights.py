@@ -1,4 +1,4 @@
-"""New weights on their way into vLLM: what the model is made of, tied names included, and a stream that is checked."""
+"""New weights on their way into vLLM: what the model is made of, tied names included, in a stream that is checked."""
 
 from __future__ import annotations
 
@@ -77,3 +77,14 @@ class CheckedStream:
                 f"the weight stream left out {sorted(self._missing)[:3]} ({len(self._missing)} in all); vLLM would go "
                 "on with the old ones"
             )
+
+
+def release_packed(model: Any) -> None:
+    """Drop the packed copies of linear layers that vLLM's CPU kernels compute with; loading makes new ones.
+
+    Otherwise a layer's old and new copies are alive at once, beside the bucket and the unpacked weight: for an
+    embedding that is also the head, three times the largest tensor.
+    """
+    for module in model.modules():
+        if "cpu_linear" in vars(module):
+            module.cpu_linear = torch.nn.functional.linear
