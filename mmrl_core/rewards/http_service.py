@@ -107,6 +107,7 @@ class _Handler(BaseHTTPRequestHandler):
         if int(length) > self.server.max_bytes:
             limit = f"{self.server.max_bytes >> 20} MiB"
             problem = f"a request of {int(length):,} bytes; the most is {limit}. Send fewer samples at once"
+            self._read_away(int(length))
             self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, problem)
             return
         try:
@@ -137,6 +138,15 @@ class _Handler(BaseHTTPRequestHandler):
         if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds < 1e6:
             raise RewardError(f"deadline_s {seconds!r} is no positive number of seconds")
         return [sample_from_json(one) for one in message["samples"]], float(seconds)
+
+    def _read_away(self, length: int) -> None:
+        """A client that is still sending when the connection closes does not see why it was refused."""
+        until = time.monotonic() + _READ_S
+        while length > 0 and time.monotonic() < until:
+            chunk = self.rfile.read(min(length, 1 << 20))
+            if not chunk:
+                return
+            length -= len(chunk)
 
     def _refuse(self, status: HTTPStatus, reason: str) -> None:
         self._send(status, {"error": reason})

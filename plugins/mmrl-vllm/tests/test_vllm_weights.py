@@ -176,7 +176,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_sampled(bench: Bench) -
 
 
 def test_the_process_is_left_as_it_was(bench: Bench) -> None:
-    """vLLM seeds generators, stops torch.set_num_threads, rounds tiny numbers to 0 and leaves the process group."""
+    """vLLM seeds generators, stops torch.set_num_threads and, when it ends, leaves the process group."""
     random.seed(5)
     torch.manual_seed(5)
     before = random.getstate(), torch.get_num_threads(), torch.set_num_threads
@@ -190,7 +190,6 @@ def test_the_process_is_left_as_it_was(bench: Bench) -> None:
     gc.collect()
     assert (random.getstate(), torch.get_num_threads(), torch.set_num_threads) == before
     assert torch.equal(torch.get_rng_state(), generator)
-    assert (torch.tensor([1e-40]) * 1.0).item() != 0
     assert torch.distributed.is_initialized(), "the process group belongs to the run"
     bench.generate(SHORT)
 

@@ -94,13 +94,13 @@ def _set_environment() -> None:
 
 @contextmanager
 def process_kept(device: DeviceOps) -> Iterator[None]:
-    """Within the block vLLM seeds generators and draws from them, although every sample has its own, makes
-    torch.set_num_threads do nothing on a CPU, and loads code that makes this thread round tiny numbers to 0.
+    """Within the block vLLM seeds generators and draws from them, although every sample has its own, and makes
+    torch.set_num_threads do nothing on a CPU.
 
     Afterwards all is as it was, so that training goes on as with any other engine, resumed or not.
     """
     python, numpy, cpu, own = random.getstate(), np.random.get_state(), torch.get_rng_state(), device.rng_state()
-    set_num_threads, threads, flushes = torch.set_num_threads, torch.get_num_threads(), _flushes()
+    set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
     try:
         yield
     finally:
@@ -111,9 +111,3 @@ def process_kept(device: DeviceOps) -> Iterator[None]:
         torch.set_num_threads = set_num_threads
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
-        torch.set_flush_denormal(flushes)
-
-
-def _flushes() -> bool:
-    """Whether this thread rounds numbers below the smallest normal one to 0."""
-    return (torch.tensor([1e-40]) * 1.0).item() == 0.0
