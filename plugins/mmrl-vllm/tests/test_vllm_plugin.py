@@ -201,6 +201,58 @@ def test_ranks_of_one_engine_are_neighbours(monkeypatch: pytest.MonkeyPatch, cas
     assert places == [(0, 2, True), (0, 2, False), (1, 2, True), (1, 2, False)]
 
 
+class Recorder:
+    """As much of vLLM's `LLM` as sleeping and new weights need; remembers what was asked of it."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def sleep(self, level: int) -> None:
+        self.calls.append(f"sleep {level}")
+
+    def wake_up(self, tags: list[str]) -> None:
+        self.calls.append(f"wake {' '.join(tags)}")
+
+    def collective_rpc(self, method: str, kwargs: dict[str, Any]) -> None:
+        self.calls.append(f"{method} {[name for name, _ in kwargs['weights_iterator']]}")
+
+    def reset_prefix_cache(self) -> bool:
+        self.calls.append("forget")
+        return True
+
+
+def test_weights_are_awake_when_they_are_replaced_and_the_cache_only_to_generate(cast: Cast) -> None:
+    """In the order of a step: sleep, train, new weights, wake. Waking twice, or without sleep, is nothing."""
+    engine = VllmEngine(VllmOptions())
+    engine.context, engine.policy, engine._llm, engine._can_sleep = (
+        context(cast, device="npu"),
+        cast.policy,
+        Recorder(),
+        True,
+    )
+    engine._names = Names(own=frozenset({"a"}), aliases={})
+    engine.wake()
+    for _ in range(2):
+        engine.sleep()
+    engine.update_weights(iter([[("a", Weight())]]), 1)
+    for _ in range(2):
+        engine.wake()
+    engine.sleep()
+    engine.wake()
+    assert engine._llm.calls == [
+        *("sleep 1", "wake weights", "reload_weights ['a']", "forget", "wake kv_cache"),
+        *("sleep 1", "wake kv_cache weights"),
+    ]
+
+
+def test_a_device_that_cannot_sleep_stays_awake(cast: Cast) -> None:
+    engine = VllmEngine(VllmOptions())
+    engine._llm, engine._can_sleep = Recorder(), False
+    engine.sleep()
+    engine.wake()
+    assert engine._llm.calls == []
+
+
 def test_a_policy_without_tokens_is_refused(cast: Cast) -> None:
     with pytest.raises(RolloutError, match="samples tokens"):
         VllmEngine(VllmOptions()).setup(cast.context, object(), None)
