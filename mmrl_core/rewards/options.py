@@ -5,12 +5,16 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
+from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from pydantic import Field, field_validator, model_validator
 
 from mmrl_core.recipe import NonNegative, Positive, Spec
 
 THINK_ANSWER = r"\s*<think>(?:(?!</?(?:think|answer)>).)*</think>\s*<answer>(?:(?!</?(?:think|answer)>).)*</answer>\s*"
 """`<think>...</think><answer>...</answer>`, each tag exactly once, nothing but white space around them."""
+
+
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 def _compilable(pattern: str | None) -> str | None:
@@ -144,3 +148,39 @@ class ReasoningGymRewardOptions(Spec):
     column `dataset` says, or else `source_dataset` in its column `metadata`."""
     answer_tag: Annotated[str, Field(pattern=r"^[A-Za-z][\w-]*$")] | None = "answer"
     """The answer is what the last `<answer>...</answer>` holds (0 when there is none); null: the whole text."""
+
+
+class RemoteOptions(Spec):
+    """Options of `remote`: a reward that `mmrl serve-reward` runs elsewhere, on another device or machine."""
+
+    url: Annotated[str, Field(pattern=r"^https?://[^\s/?#]+(/[^\s?#]*)?$")]
+    """Where the service listens: `http://host:port`."""
+    reward: str | None = None
+    """The reward that is expected there, by the name it is served with; another one stops the run before it begins. Not
+    set: whatever is there."""
+    version: str | None = None
+    """Versions of that reward's distribution that are accepted, as pip writes them: `>=1.2,<2`. Not set: any."""
+    samples_per_request: Positive = 64
+    """Samples a call; the recipe's `batch_size` overrides it."""
+    timeout_s: Seconds = 45
+    """Seconds that a batch may take, all attempts together. Keep it below the recipe's `deadline_s` (60 by default), so
+    that the answer is a reason and not a killed worker."""
+    retries: NonNegative = 2
+    """How often a request is sent again when the service cannot be reached, is busy, or breaks off. A reward that fails
+    there is not asked again."""
+    retry_wait_s: Seconds = 0.5
+    """Seconds before the first repetition; each further wait is twice as long."""
+    start_wait_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 60
+    """Seconds to wait, before the run begins, for the service to answer and to have its reward set up."""
+    columns: list[str] | None = None
+    """Columns of the prompt's data row that are sent along; not set: all of them."""
+
+    @field_validator("version")
+    @classmethod
+    def _is_a_specifier(cls, value: str | None) -> str | None:
+        if value is not None:
+            try:
+                SpecifierSet(value)
+            except InvalidSpecifier as error:
+                raise ValueError(f"{error}; write for example >=1.2,<2") from None
+        return value

@@ -20,6 +20,7 @@ from mmrl_core.contracts import (
 from mmrl_core.errors import RolloutError
 from mmrl_core.rollouts.decoding import decode_tokens
 from mmrl_core.rollouts.module_engine import ModuleEngine
+from mmrl_core.text.token_rollouts import token_rollouts
 
 if TYPE_CHECKING:
     from mmrl_core.rollouts.options import HfOptions
@@ -67,36 +68,7 @@ class HfEngine(ModuleEngine):
             )
             responses += tokens
             log_probs += chosen
-        return self._rollouts(requests, prompts, responses, log_probs)
-
-    def _rollouts(
-        self,
-        requests: Sequence[GenerationRequest],
-        prompts: list[Tensor],
-        responses: list[Tensor],
-        log_probs: list[Tensor],
-    ) -> Rollouts:
-        width = max((len(r) for r in responses), default=1)
-        behaviour = torch.zeros(len(responses), width)
-        mask = torch.zeros(len(responses), width, dtype=torch.bool)
-        for row, chosen in enumerate(log_probs):
-            behaviour[row, : len(chosen)] = chosen
-            mask[row, : len(chosen)] = True
-        eos = self.policy.eos_ids
-        rollouts = Rollouts(
-            group_id=torch.tensor([r.group_id for r in requests for _ in r.sample_ids], dtype=torch.int64),
-            sample_id=torch.tensor([s for r in requests for s in r.sample_ids], dtype=torch.int64),
-            mask=mask,
-            behaviour_log_probs=behaviour,
-            truncated=torch.tensor([int(r[-1]) not in eos for r in responses], dtype=torch.bool),
-            policy_version=self._version,
-            payload={
-                "prompt_ids": [p for r, p in zip(requests, prompts, strict=True) for _ in r.sample_ids],
-                "response_ids": responses,
-            },
-        )
-        rollouts.samples = self.policy.decode(rollouts, requests)
-        return rollouts
+        return token_rollouts(self.policy, requests, prompts, responses, log_probs, self._version)
 
 
 def _turns(requests: Sequence[GenerationRequest], max_rows: int) -> Iterator[slice]:

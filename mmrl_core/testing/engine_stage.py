@@ -80,6 +80,8 @@ class EngineStage:
     """The tiny model's."""
     tie_word_embeddings: ClassVar[bool] = True
     """Whether the tiny model's head is its embedding."""
+    head_dim: ClassVar[int] = 16
+    """Width of an attention head of the tiny model."""
     batch_invariant: ClassVar[bool] = True
     """Whether a sample's tokens on the tiny fp32 model do not depend on what else is in the batch."""
 
@@ -98,6 +100,7 @@ class EngineStage:
             architecture=cls.architecture,
             tie_word_embeddings=cls.tie_word_embeddings,
             end_tokens=END_TOKENS,
+            head_dim=cls.head_dim,
         )
         recipe = tiny_recipe(
             model,

@@ -22,6 +22,7 @@ def tiny_language_model(
     seed: int = 0,
     end_tokens: Sequence[str] = (),
     extra_vocabulary: int = 0,
+    head_dim: int = 16,
 ) -> Path:
     """Write an ordinary Hugging Face folder of a random model: 2 layers, hidden 64, 4 heads of which 2 for keys, fp32.
 
@@ -32,6 +33,7 @@ def tiny_language_model(
         folder: where to write; returned.
         end_tokens: single characters that end a response beside `</s>`, so that responses differ in length.
         extra_vocabulary: rows of the embedding that no token uses, as real models have.
+        head_dim: width of an attention head; some inference kernels want 32 or more.
     """
     import torch
     from transformers import GenerationConfig
@@ -40,7 +42,7 @@ def tiny_language_model(
     torch_state = torch.get_rng_state()
     torch.manual_seed(seed)
     try:
-        model = _model(architecture, len(tokenizer) + extra_vocabulary, tie_word_embeddings, tokenizer)
+        model = _model(architecture, len(tokenizer) + extra_vocabulary, tie_word_embeddings, tokenizer, head_dim)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.ndim == 1:
@@ -87,7 +89,7 @@ def byte_tokenizer() -> Any:
     return tokenizer
 
 
-def _model(architecture: str, vocabulary: int, tied: bool, tokenizer: Any) -> Any:
+def _model(architecture: str, vocabulary: int, tied: bool, tokenizer: Any, head_dim: int) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
     config_class, model_class = {
@@ -101,6 +103,7 @@ def _model(architecture: str, vocabulary: int, tied: bool, tokenizer: Any) -> An
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
+        head_dim=head_dim,
         max_position_embeddings=512,
         initializer_range=0.15,
         tie_word_embeddings=tied,

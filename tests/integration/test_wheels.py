@@ -25,7 +25,7 @@ PLUGINS = sorted(path.parent.name for path in ROOT.glob("plugins/*/pyproject.tom
 """Folders below plugins/, named as the distributions in them."""
 BUILD = "import sys; from setuptools.build_meta import build_wheel; build_wheel(sys.argv[1])"
 """What a build front-end calls, once its checks are done."""
-HEAVY = ("torch", "transformers", "megatron", "diffusers")
+HEAVY = ("torch", "transformers", "megatron", "diffusers", "vllm")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +58,12 @@ USES = {
         overrides=("backend={name: megatron, tensor_parallel: 2}",),
         wrong="backend.tensor_paralel=2",
         said="tensor_parallel",
+    ),
+    "mmrl-vllm": Use(
+        component="vllm",
+        recipe="quickstart_vllm.yaml",
+        wrong="rollout.memory_fraction=2",
+        said="rollout.memory_fraction",
     ),
 }
 """Of every plugin; a new one adds its own."""

@@ -148,7 +148,7 @@ def test_every_command_exists(pages: Any, generator: Any, written: Path, plugins
                     wanted = rf"^{name} \?=" if assigned else rf"^{name}:"
                     assert re.search(wanted, makefile, re.MULTILINE), where
             elif words[0] == "pip":
-                assert words[1] == "install", where
+                assert words[1] in ("install", "uninstall"), where
                 for extra in re.findall(r"(?:mmrl-core|\.)\[([^\]]+)\]", " ".join(words)):
                     assert set(extra.split(",")) <= extras, where
             elif words[:2] == ["hf", "download"]:
@@ -158,7 +158,7 @@ def test_every_command_exists(pages: Any, generator: Any, written: Path, plugins
             elif words[:2] == ["python", "-m"]:
                 assert words[2] in ("venv", "pytest", "build"), where
             else:
-                assert words[0] in ("cd", "mkdir", "cat", "git", "tensorboard", "."), where
+                assert words[0] in ("cd", "mkdir", "cat", "curl", "git", "tensorboard", "."), where
     assert {"mmrl", "make", "pip", "torchrun"} <= seen
 
 
