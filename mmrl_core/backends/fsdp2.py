@@ -212,9 +212,8 @@ class Fsdp2Backend(TrainingBackend):
                 part.reshard()
 
     def save(self, directory: Path, *, optimizer: bool) -> None:
-        sharded_checkpoint.save(
-            directory, self.module, self.optimizer, backend="fsdp2", optimizer=optimizer, main=self.context.world.is_main
-        )
+        main = self.context.world.is_main
+        sharded_checkpoint.save(directory, self.module, self.optimizer, backend="fsdp2", optimizer=optimizer, main=main)
 
     def load(self, directory: Path, *, optimizer: bool) -> None:
         sharded_checkpoint.load(directory, self.module, self.optimizer, backend="fsdp2", optimizer=optimizer)

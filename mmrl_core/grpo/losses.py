@@ -29,15 +29,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mmrl_core.contracts import ActionStats, LossBatch, LossOutput
+from mmrl_core.contracts import ActionStats, LossBatch, LossOutput, PolicyGradient
 from mmrl_core.grpo.importance import corrected_fraction, importance_weights, mismatch_metrics
 from mmrl_core.grpo.kl import MAX_EXPONENT, kl_estimate
 from mmrl_core.recipe import AlgorithmSpec
 
 
-def build_loss(algorithm: AlgorithmSpec) -> PolicyLoss:
-    """The loss that a recipe's `algorithm` section asks for."""
-    return PolicyLoss(algorithm)
+def build_loss(algorithm: AlgorithmSpec, policy_gradient: PolicyGradient | None = None) -> PolicyLoss:
+    """The loss that a recipe's `algorithm` section asks for, with a plugin's policy-gradient term or a built-in one."""
+    assert (policy_gradient is None) == (algorithm.loss.plugin is None), algorithm.loss.plugin
+    return PolicyLoss(algorithm, policy_gradient)
 
 
 class PolicyLoss:
@@ -51,17 +52,19 @@ class PolicyLoss:
     """
 
     scope: Literal["action", "sequence"]
-    """`sequence` for GSPO and for sequence-level importance weights, which need whole rows."""
+    """`sequence` for GSPO and for sequence-level importance weights, which need whole rows, or as a plugin says."""
     entropy_gradient: bool
     """True when there is an entropy bonus."""
 
-    def __init__(self, algorithm: AlgorithmSpec) -> None:
+    def __init__(self, algorithm: AlgorithmSpec, policy_gradient: PolicyGradient | None = None) -> None:
+        self._plugin = policy_gradient
         self._spec = algorithm.loss
         self._importance = algorithm.importance
         self._estimator = algorithm.kl.estimator
         self._kl_coef = algorithm.kl.coef if algorithm.kl.where == "loss" else 0.0
         self._clip_high = self._spec.clip_low if self._spec.clip_high is None else self._spec.clip_high
-        whole_rows = self._spec.name == "gspo" or self._importance.level == "sequence"
+        whole_rows = self._spec.name == "gspo" if policy_gradient is None else policy_gradient.scope == "sequence"
+        whole_rows = whole_rows or self._importance.level == "sequence"
         self.scope = "sequence" if whole_rows else "action"
         self.entropy_gradient = self._spec.entropy_coef != 0.0
 
@@ -80,8 +83,12 @@ class PolicyLoss:
 
         if stats.weight is not None:
             factor = factor * _where(mask, stats.weight).detach()
-        per_action, sums = self._policy_gradient(self._ratio(log_probs, old, mask), advantages, metric_weight)
-        loss = (weight * factor * per_action).sum()
+        if self._plugin is None:
+            per_action, sums = self._policy_gradient(self._ratio(log_probs, old, mask), advantages, metric_weight)
+            loss = (weight * factor * per_action).sum()
+        else:
+            loss, fractions = self._plugin.term(log_probs, old, advantages, mask, weight * factor)
+            sums = {name: value.detach() * metric_weight.sum() for name, value in fractions.items()}
         sums["actor/pg_loss"] = loss.detach()
         sums["actor/ppo_kl"] = (metric_weight * (old - current)).sum()
 

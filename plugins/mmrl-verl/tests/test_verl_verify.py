@@ -1,4 +1,4 @@
-"""`mmrl verify` of `verl-fsdp2` against `fsdp2`: log-probs, entropy, reference, gradients, and ten steps of two updates."""
+"""`mmrl verify` of `verl-fsdp2` against `fsdp2`: log-probs, entropy, gradients, and ten steps of two updates."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import pytest
 from mmrl_core.cli import main as cli
 from mmrl_core.testing.tiny import tiny_language_model, tiny_recipe, write_recipe_file
 
+Family = Literal["llama", "qwen2"]
 STEPS = "10"
 
 DRIVER = """
@@ -42,7 +43,7 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def recorded(folder: Path, family: Literal["llama", "qwen2"], *, tied: bool, jobs: Mapping[str, Sequence[str]]) -> None:
+def recorded(folder: Path, family: Family, *, tied: bool, jobs: Mapping[str, Sequence[str]]) -> None:
     """A record of fsdp2 and, on its batch, one of each job, in `folder`."""
     tiny_language_model(folder / "model", architecture=family, tie_word_embeddings=tied)
     recipe = tiny_recipe(
@@ -65,7 +66,11 @@ TWO = ["backend.micro_batch_samples=2", "backend.remove_padding=true", "launcher
 
 @pytest.mark.parametrize(("family", "tied", "changes"), [("llama", True, []), ("qwen2", False, TWO)])
 def test_equal_to_fsdp2(
-    tmp_path: Path, family: Literal["llama", "qwen2"], tied: bool, changes: list[str], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    family: Family,
+    tied: bool,
+    changes: list[str],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """fp32, on one rank and on two. An untied model verl loads on its first rank only and sends to the others."""
     recorded(tmp_path, family, tied=tied, jobs={"verl": ["backend=verl-fsdp2", *changes]})
