@@ -84,7 +84,7 @@ class PolicyLoss:
         if stats.weight is not None:
             factor = factor * _where(mask, stats.weight).detach()
         if self._plugin is None:
-            per_action, sums = self._policy_gradient(self._ratio(log_probs, old, mask), advantages, metric_weight)
+            per_action, sums = self._policy_gradient(log_probs, old, advantages, mask, metric_weight)
             loss = (weight * factor * per_action).sum()
         else:
             loss, fractions = self._plugin.term(log_probs, old, advantages, mask, weight * factor)
@@ -115,27 +115,17 @@ class PolicyLoss:
             )
         return LossOutput(loss=loss, sums=sums, maxima=maxima)
 
-    def _ratio(self, log_probs: Tensor, old: Tensor, mask: Tensor) -> Tensor:
-        """[b, t]: current / old of the action, or of its row in GSPO's sense. Exactly 1 when both are equal."""
-        log_ratio = log_probs - old
-        if self._spec.name == "gspo":
-            lengths = mask.sum(dim=1, keepdim=True).clamp(min=1)
-            row = log_ratio.detach().sum(dim=1, keepdim=True) / lengths
-            log_ratio = row + (log_probs - log_probs.detach())
-        return log_ratio.clamp(-MAX_EXPONENT, MAX_EXPONENT).exp()
-
     def _policy_gradient(
-        self, ratio: Tensor, advantages: Tensor, metric_weight: Tensor
+        self, log_probs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, metric_weight: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The clipped surrogate of each action, [b, t], and the fractions clipped."""
-        plain = -advantages * ratio
-        clipped = -advantages * ratio.clamp(1.0 - self._spec.clip_low, 1.0 + self._clip_high)
-        surrogate = torch.maximum(plain, clipped)
-        sums = {"actor/pg_clipfrac": torch.where(clipped > plain, metric_weight, 0.0).sum()}
-        if self._spec.dual_clip is not None:
-            bound = -advantages * self._spec.dual_clip
-            bounded = (advantages < 0) & (surrogate > bound)
-            surrogate = torch.where(bounded, bound, surrogate)
+        spec = self._spec
+        ratio = probability_ratio(log_probs, old, mask, whole_rows=spec.name == "gspo")
+        surrogate, clipped, bounded = clipped_surrogate(
+            ratio, advantages, clip_low=spec.clip_low, clip_high=self._clip_high, dual_clip=spec.dual_clip
+        )
+        sums = {"actor/pg_clipfrac": torch.where(clipped, metric_weight, 0.0).sum()}
+        if bounded is not None:
             sums["actor/pg_clipfrac_lower"] = torch.where(bounded, metric_weight, 0.0).sum()
         return surrogate, sums
 
@@ -146,6 +136,32 @@ class PolicyLoss:
         if batch.reference_log_probs is None:
             return None
         return kl_estimate(log_probs, _where(batch.mask, batch.reference_log_probs), self._estimator)
+
+
+def probability_ratio(log_probs: Tensor, old_log_probs: Tensor, mask: Tensor, *, whole_rows: bool) -> Tensor:
+    """[b, t]: current / old of the action, or, with `whole_rows`, of its row in GSPO's sense. Exactly 1 when both are
+    equal. All [b, t]; log-probs are 0 where not `mask`."""
+    log_ratio = log_probs - old_log_probs
+    if whole_rows:
+        lengths = mask.sum(dim=1, keepdim=True).clamp(min=1)
+        row = log_ratio.detach().sum(dim=1, keepdim=True) / lengths
+        log_ratio = row + (log_probs - log_probs.detach())
+    return log_ratio.clamp(-MAX_EXPONENT, MAX_EXPONENT).exp()
+
+
+def clipped_surrogate(
+    ratio: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float, dual_clip: float | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Of each action, [b, t]: the surrogate, whether the clipped term was taken, and whether the dual clip was (None
+    when it is off)."""
+    plain = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
+    surrogate = torch.maximum(plain, clipped)
+    if dual_clip is None:
+        return surrogate, clipped > plain, None
+    bound = -advantages * dual_clip
+    bounded = (advantages < 0) & (surrogate > bound)
+    return torch.where(bounded, bound, surrogate), clipped > plain, bounded
 
 
 def _where(mask: Tensor, values: Tensor) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
 
 from mmrl_core.recipe import Positive, Spec
 
@@ -29,3 +31,23 @@ class VerlFsdp2Options(Spec):
     """Compile the entropy (verl's use_torch_compile); with `remove_padding` only."""
     offload: bool = False
     """Move weights and optimizer state to the host while the rollout engine works."""
+
+
+class VerlRewardOptions(Spec):
+    """verl's reward functions. The data row's `data_source` chooses the function, `extra_info` is passed on."""
+
+    compute_score: str | None = None
+    """A function of your own with verl's arguments, as `FILE.py:FUNCTION` or `MODULE:FUNCTION`; null: verl's own
+    (`default_compute_score`), which knows openai/gsm8k, lighteval/MATH, math_dapo, hiyouga/geometry3k and others."""
+    data_source: str | None = None
+    """For rows without a column of this name."""
+    reward_kwargs: dict[str, Any] = Field(default={})
+    """More keyword arguments of the function."""
+
+    @field_validator("compute_score")
+    @classmethod
+    def _names_a_function(cls, value: str | None) -> str | None:
+        place, _, attribute = (value or "").rpartition(":")
+        if value is not None and not (place and attribute.isidentifier()):
+            raise ValueError(f"compute_score {value!r}: write FILE.py:FUNCTION or MODULE:FUNCTION")
+        return value
