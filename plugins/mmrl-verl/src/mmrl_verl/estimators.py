@@ -80,7 +80,7 @@ class VerlEstimator(AdvantageEstimator):
             settings["index"] = np.array([str(group) for group in group_id.tolist()], dtype=object)
         found, _ = self._function(token_level_rewards=by_token, response_mask=mask, **settings)
         found = found.double()
-        first = found[:, 0] * mask[:, 0]
+        first: Tensor = found[:, 0] * mask[:, 0]
         spread = ((found - first[:, None]) * mask).abs().max()
         if float(spread) > SPREAD * max(1.0, float(first.abs().max())):
             raise RewardError(

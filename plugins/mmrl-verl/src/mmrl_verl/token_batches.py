@@ -45,7 +45,7 @@ def to_verl(rollouts: Rollouts, rows: Rows, **settings: Any) -> Any:
     return data
 
 
-def actions(values: Tensor, rollouts: Rollouts, rows: Rows) -> Tensor:
+def actions(values: Any, rollouts: Rollouts, rows: Rows) -> Tensor:
     """[b, T] out of verl's jagged [b, tokens]: what stands where each response token is predicted; 0 where not mask."""
     device, width = values.device, rollouts.mask.shape[1]
     real = [max(row, 0) for row in rows]
@@ -55,7 +55,8 @@ def actions(values: Tensor, rollouts: Rollouts, rows: Rows) -> Tensor:
     position = values.offsets()[:-1, None] + prompts[:, None] - 1 + torch.arange(width, device=device)
     flat = values.values()
     chosen = flat[torch.where(mask, position, 0)]
-    return torch.where(mask, chosen, 0.0).float()
+    found: Tensor = torch.where(mask, chosen, 0.0).float()
+    return found
 
 
 def part(minibatch: Minibatch, rows: Rows) -> Minibatch:
