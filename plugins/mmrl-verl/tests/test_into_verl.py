@@ -74,3 +74,14 @@ def test_a_failing_import_is_printed(tmp_path: Path) -> None:
     assert "verl goes on" in done.stdout
     assert "mmrl-verl: what mmrl offers to verl" in done.stderr
     assert "broken for the test" in done.stderr
+
+
+def test_importing_verl_leaves_logging_alone() -> None:
+    """verl would print everybody's messages on the terminal."""
+    program = (
+        "import logging; from mmrl_verl.importing import import_verl; import_verl(); "
+        "logging.getLogger().setLevel('DEBUG'); logging.getLogger('mmrl').info('seen by nobody')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "seen by nobody" not in done.stderr

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from mmrl_verl.algorithm_options import VerlEstimatorOptions, VerlLossOptions
@@ -17,7 +19,9 @@ from mmrl_core.cli import main as cli
 from mmrl_core.errors import BackendError, RewardError
 from mmrl_core.recipe import AdvantageSpec, LossSpec
 from mmrl_core.testing.algorithm_parts import AdvantageEstimatorConformance, PolicyGradientConformance
-from mmrl_core.testing.tiny import tiny_language_model, tiny_recipe, write_recipe_file
+from mmrl_core.testing.tiny import tiny_language_model
+
+RECIPE = Path(__file__).parents[3] / "recipes" / "verl_gsm8k.yaml"
 
 
 class TestPassK(AdvantageEstimatorConformance):
@@ -117,11 +121,8 @@ def test_tokens_of_a_sample_with_different_advantages_are_refused(
         estimator.advantages(*AdvantageEstimatorConformance.table())
 
 
-def test_a_run_learns_with_them(tmp_path: Path) -> None:
-    """Through the loop: verl's estimator, verl's loss, a reward in the form of verl's, verl's Parquet layout."""
-    import pyarrow
-    import pyarrow.parquet
-
+def test_the_recipe_trains_at_a_small_size(tmp_path: Path) -> None:
+    """Everything of verl's at once: engine, data layout, a reward in its form, an estimator, a loss."""
     rows = [
         {
             "data_source": "mine",
@@ -131,40 +132,42 @@ def test_a_run_learns_with_them(tmp_path: Path) -> None:
         }
         for n in range(4)
     ]
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "train.parquet")
+    for split in ("train", "test"):
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / f"{split}.parquet")
     (tmp_path / "score.py").write_text(
         "def compute_score(data_source, solution_str, ground_truth, extra_info=None, scale=1.0):\n"
         "    assert data_source == 'mine' and ground_truth in '0246', (data_source, ground_truth)\n"
         "    share = sum(c < extra_info['letter'] for c in solution_str) / max(1, len(solution_str))\n"
         "    return {'score': scale * share, 'length': len(solution_str), 'text': solution_str}\n"
     )
-    recipe = tiny_recipe(
-        tiny_language_model(tmp_path / "model"),
-        tmp_path / "run",
-        data={
-            "name": "parquet",
-            "path": str(tmp_path / "train.parquet"),
-            "answer_column": "reward_model.ground_truth",
-        },
-        rewards=[
-            {
-                "name": "verl",
-                "compute_score": f"{tmp_path / 'score.py'}:compute_score",
-                "reward_kwargs": {"scale": 2.0},
-                "run": "inline",
-                "on_failure": "stop",
-            }
-        ],
-        algorithm={
-            "advantage": {"plugin": {"name": "verl", "estimator": "opo"}},
-            "loss": {"plugin": {"name": "verl", "loss": "cispo"}, "clip_high": 0.3},
-            "minibatches": 2,
-        },
-    )
-    assert cli.main(["train", str(write_recipe_file(tmp_path / "recipe.yaml", recipe))]) == 0
+    tiny_language_model(tmp_path / "model")
+    overrides = {
+        "device": "cpu",
+        "run_dir": tmp_path / "run",
+        "launcher.processes": 1,
+        "model.path": tmp_path / "model",
+        "model.dtype": "float32",
+        "data.path": tmp_path / "train.parquet",
+        "eval.data.path": tmp_path / "test.parquet",
+        "eval.prompts": 2,
+        "eval.every": 2,
+        "sampling.max_new_tokens": 6,
+        "rewards.0.compute_score": f"{tmp_path}/score.py:compute_score",
+        "rewards.0.reward_kwargs": "{scale: 2.0}",
+        "rewards.0.deadline_s": 300,
+        "rewards.0.on_failure": "stop",
+        "algorithm.steps": 2,
+        "algorithm.prompts_per_step": 4,
+        "algorithm.advantage.plugin": "{name: verl, estimator: opo}",
+        "algorithm.loss.plugin": "{name: verl, loss: cispo}",
+        "writers": "[jsonl]",
+    }
+    assert cli.main(["train", str(RECIPE), *(f"{field}={value}" for field, value in overrides.items())]) == 0
     steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [step["step"] for step in steps] == [1, 2]
     for step in steps:
-        assert {"actor/pg_clipfrac", "actor/pg_clipfrac_lower", "reward/verl/length"} <= step.keys()
+        assert {"actor/pg_clipfrac", "actor/kl_loss", "reward/verl/length"} <= step.keys()
         assert "reward/verl/text" not in step
         assert step["actor/skipped_updates"] == 0.0
+        assert abs(step["mismatch/log_prob_diff_max"]) < 1e-4
+    assert (tmp_path / "run" / "export" / "model.safetensors").is_file()

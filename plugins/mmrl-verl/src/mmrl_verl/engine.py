@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from transformers.utils import logging as transformers_logging
 
 from mmrl_core.backends.optimizer import AdamW
 from mmrl_core.checkpoint.initial_weights import load_initial
@@ -57,6 +58,7 @@ def build(plan: Plan) -> tuple[Any, AdamW | None]:
     Raises BackendError, or ModelError when the model cannot be loaded.
     """
     choose(plan.context.device.torch_device.type)
+    transformers_logging.disable_progress_bar()
     with warnings.catch_warnings(), redirect_stdout(_Printed()):
         warnings.simplefilter("ignore")  # engines of frameworks that are not installed, one warning each
         engine = _engine_type(engine_class("fsdp2"), plan)(**_configs(plan))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mmrl_core.contracts import AdvantageEstimator
 from mmrl_core.errors import RewardError, nearest
+from mmrl_verl.importing import import_verl
 
 if TYPE_CHECKING:
     from mmrl_core.recipe import AdvantageSpec
@@ -26,7 +27,8 @@ SPREAD = 1e-9
 
 
 def import_registrars(modules: Sequence[str], field: str) -> None:
-    """Import modules that register things with verl. Raises RewardError."""
+    """Import verl, and modules that register things with it. Raises RewardError."""
+    import_verl()
     for name in modules:
         try:
             importlib.import_module(name)

@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 from mmrl_core.errors import BackendError
+from mmrl_verl.importing import import_verl
 
 ENGINE_MODULE = "verl.workers.engine.fsdp.transformer_impl"
 
@@ -17,7 +18,7 @@ def choose(device: str) -> None:
     Raises:
         BackendError: verl's engines were imported for another device, or verl sees no such device.
     """
-    import verl  # noqa: F401  its entry points register platforms
+    import_verl()
     from verl.plugin.platform import get_platform, platform_manager, set_platform
 
     loaded = sys.modules.get(ENGINE_MODULE)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mmrl_core.contracts import Reward, RewardResult, Sample
 from mmrl_core.errors import RewardError
 from mmrl_core.rewards.function import FunctionReward
+from mmrl_verl.importing import import_verl
 
 if TYPE_CHECKING:
     from mmrl_verl.options import VerlRewardOptions
@@ -58,6 +59,7 @@ class VerlReward(Reward):
 def function_of(named: str | None) -> Callable[..., Any]:
     """verl's own function for None; else that of `FILE.py:FUNCTION` or `MODULE:FUNCTION`. Raises RewardError."""
     if named is None:
+        import_verl()
         from verl.utils.reward_score import default_compute_score
 
         own: Callable[..., Any] = default_compute_score
