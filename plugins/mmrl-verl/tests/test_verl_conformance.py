@@ -9,9 +9,12 @@ from mmrl_core.testing.backends import BackendConformance
 
 
 class TestVerlFsdp2(BackendConformance):
-    """One process, and two ranks."""
+    """One process, and two ranks. A model that is not tied verl loads on its first rank only and sends to the others,
+    adapters included."""
 
     component = "verl-fsdp2"
+    architecture = "qwen2"
+    tie_word_embeddings = False
     options: ClassVar[Mapping[str, Any]] = {"micro_batch_samples": 4}
     equivalent_options: ClassVar[Sequence[Mapping[str, Any]]] = (
         {"micro_batch_samples": 1},

@@ -147,7 +147,7 @@ def loss_of_verl(name: str, batch: Ragged, mode: str, **settings: Any) -> tuple[
         config=config,
     )
     (gradient,) = torch.autograd.grad(loss, leaf)
-    return float(loss), gradient, metrics["actor/pg_clipfrac"]
+    return float(loss.detach()), gradient, metrics["actor/pg_clipfrac"]
 
 
 MODES = ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
