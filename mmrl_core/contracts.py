@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from mmrl_core.recipe import ModelSpec, OptimizerSpec, Recipe
+    from mmrl_core.recipe import AdvantageSpec, LossSpec, ModelSpec, OptimizerSpec, Recipe
     from mmrl_core.world import World
 
 Record = dict[str, "list[Tensor]"]
@@ -647,6 +647,47 @@ class Reward(ABC):
 
     def offload(self) -> None:
         """Release device memory after scoring."""
+
+
+class AdvantageEstimator(ABC):
+    """From the rewards of a step to one advantage a sample, in place of the built-in formulas. Constructed on every
+    rank, which all hold the same table; there is nothing to communicate."""
+
+    def __init__(self, options: Any, spec: AdvantageSpec) -> None:
+        self.options = options
+        self.spec = spec
+
+    @abstractmethod
+    def advantages(self, rewards: Tensor, group_id: Tensor, lengths: Tensor) -> Tensor:
+        """Advantages [N] of samples with `rewards` [N] float64 in groups `group_id` [N] int64 that take `lengths` [N]
+        int64 actions each.
+
+        Every group has two samples or more; none has failed. Called for each reward by itself when the recipe combines
+        advantages. `advantage.clamp` is applied to what it returns. Raises RewardError when there is no advantage.
+        """
+
+
+class PolicyGradient(ABC):
+    """The policy-gradient term of the loss, in place of the built-in ones. What surrounds it (aggregation, importance
+    correction, divergence, entropy, metrics) stays the core's."""
+
+    scope: Literal["action", "sequence"] = "action"
+    """See `Loss.scope`."""
+
+    def __init__(self, options: Any, spec: LossSpec) -> None:
+        self.options = options
+        self.spec = spec
+
+    @abstractmethod
+    def term(
+        self, log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, weight: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """(loss, fractions) of some rows and actions, all [b, t] fp32; 0 where not `mask`.
+
+        `loss`, a scalar, is the *sum* of `weight` times each action's term; with gradient through `log_probs` only.
+        An action's term depends on its own row at most, so that the result does not depend on how work is cut.
+        `fractions`: of the actions in `mask`, scalars without gradient, named `actor/pg_clipfrac` or
+        `actor/pg_clipfrac_lower`; they may be left out."""
 
 
 class PromptSource(ABC):

@@ -136,6 +136,16 @@ class DeclaringHooks:
         """Declare model families; each target is a `mmrl_core.contracts.Policy`."""
 
     @hookspec
+    def mmrl_advantage_estimators(self) -> Sequence[Component]:  # type: ignore[empty-body]
+        """Declare advantage estimators, for `algorithm.advantage.plugin`; each target is a
+        `mmrl_core.contracts.AdvantageEstimator`."""
+
+    @hookspec
+    def mmrl_policy_losses(self) -> Sequence[Component]:  # type: ignore[empty-body]
+        """Declare policy-gradient terms, for `algorithm.loss.plugin`; each target is a
+        `mmrl_core.contracts.PolicyGradient`."""
+
+    @hookspec
     def mmrl_launchers(self) -> Sequence[Component]:  # type: ignore[empty-body]
         """Declare launchers; each target is a `mmrl_core.contracts.Launcher`."""
 

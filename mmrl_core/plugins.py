@@ -50,6 +50,8 @@ KINDS = {
     "prompt source": "mmrl_prompt_sources",
     "writer": "mmrl_writers",
     "weight format": "mmrl_weight_formats",
+    "advantage estimator": "mmrl_advantage_estimators",
+    "policy loss": "mmrl_policy_losses",
 }
 """Kind of component -> the hook that declares it."""
 
@@ -279,11 +281,16 @@ class Selection:
     sampling: Any
     eval_data: Selected | None
     eval_sampling: Any
+    advantage: Selected | None = None
+    """What computes advantages in place of the built-in formulas."""
+    policy_loss: Selected | None = None
+    """The policy-gradient term in place of the built-in ones."""
 
     def all(self) -> list[Selected]:
         """Every selected component."""
         single = [self.device, self.launcher, self.policy, self.backend, self.rollout, self.data]
-        return [*single, *self.rewards, *self.writers, *([self.eval_data] if self.eval_data else [])]
+        optional = [s for s in (self.eval_data, self.advantage, self.policy_loss) if s is not None]
+        return [*single, *self.rewards, *self.writers, *optional]
 
     def digest(self) -> str:
         """Of (distribution, version, kind, name) of every component: ranks compare it before they start."""
@@ -333,6 +340,12 @@ def resolve(recipe: Recipe, source: RecipeSource, plugins: Plugins | None = None
         "eval_data": None,
         "eval_sampling": None,
     }
+    algorithm = recipe.algorithm
+    if algorithm.advantage.plugin is not None:
+        at = ("algorithm", "advantage", "plugin")
+        chosen["advantage"] = select("advantage estimator", algorithm.advantage.plugin, at)
+    if algorithm.loss.plugin is not None:
+        chosen["policy_loss"] = select("policy loss", algorithm.loss.plugin, ("algorithm", "loss", "plugin"))
     if recipe.eval is not None:
         chosen["eval_data"] = select("prompt source", recipe.eval.data, ("eval", "data"))
         defaults = policy.found.evaluation_sampling() if policy else {}

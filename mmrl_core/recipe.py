@@ -186,6 +186,8 @@ class AdvantageSpec(Spec):
     name: Literal["grpo", "dr_grpo", "rloo", "global_std"] = "grpo"
     """grpo: (r - mean) / std of the group; dr_grpo: r - mean; rloo: leave one out; global_std: group mean, std of the
     batch."""
+    plugin: Choice | None = None
+    """An installed plugin's estimator, in place of `name`; null: none."""
     eps: Annotated[float, Field(ge=0)] = 1e-6
     """Added to the standard deviation."""
     clamp: Annotated[float, Field(gt=0)] | None = None
@@ -200,6 +202,9 @@ class LossSpec(Spec):
 
     name: Literal["ppo_clip", "gspo"] = "ppo_clip"
     """ppo_clip: a ratio per action; gspo: one length-normalised ratio per sequence."""
+    plugin: Choice | None = None
+    """An installed plugin's policy-gradient term, in place of `name`; null: none. Aggregation, entropy, divergence and
+    importance correction stay those of the recipe."""
     clip_low: Annotated[float, Field(ge=0)] = 0.2
     """Ratios below 1 - clip_low are clipped."""
     clip_high: Annotated[float, Field(ge=0)] | None = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
-from mmrl_core.backends import weight_stream
+from mmrl_core.backends import sharded_checkpoint, weight_stream
 from mmrl_core.backends.micro_batches import LossSums, accumulate, micro_batches, padded_chunks, row_chunks
 from mmrl_core.backends.optimizer import AdamW, global_norm
 from mmrl_core.contracts import (
@@ -213,54 +212,11 @@ class Fsdp2Backend(TrainingBackend):
                 part.reshard()
 
     def save(self, directory: Path, *, optimizer: bool) -> None:
-        from torch.distributed.checkpoint import state_dict_saver
-
-        directory.mkdir(parents=True, exist_ok=True)
-        state_dict_saver.save(self._state(optimizer), checkpoint_id=str(directory))
-        if self.context.world.is_main:
-            facts = {"updates": self.optimizer.updates, "skipped": self.optimizer.skipped, "optimizer": optimizer}
-            (directory / "fsdp2.json").write_text(json.dumps(facts), encoding="utf-8")
+        main = self.context.world.is_main
+        sharded_checkpoint.save(directory, self.module, self.optimizer, backend="fsdp2", optimizer=optimizer, main=main)
 
     def load(self, directory: Path, *, optimizer: bool) -> None:
-        from torch.distributed.checkpoint import state_dict_loader
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
-
-        if not (directory / "fsdp2.json").is_file():
-            raise BackendError(
-                f"{directory}: the backend fsdp2 did not write this checkpoint (fsdp2.json is missing). To start from "
-                "the weights of another backend, use another run_dir and set model.init_from to the checkpoint"
-            )
-        facts = json.loads((directory / "fsdp2.json").read_text(encoding="utf-8"))
-        if optimizer and not facts["optimizer"]:
-            raise BackendError(
-                f"{directory}: this checkpoint holds no optimizer (it was written with checkpoint.save_optimizer: "
-                "false). To go on with a fresh optimizer set checkpoint.load_optimizer: false"
-            )
-        state = self._state(optimizer)
-        state_dict_loader.load(state, checkpoint_id=str(directory))
-        set_state_dict(
-            self.module,
-            self.optimizer.torch_optimizer if optimizer else [],
-            model_state_dict=state["model"],
-            optim_state_dict=state.get("optimizer", {}),
-            options=StateDictOptions(strict=False, ignore_frozen_params=True),
-        )
-        if optimizer:
-            self.optimizer.updates, self.optimizer.skipped = facts["updates"], facts["skipped"]
-
-    def _state(self, optimizer: bool) -> dict[str, Any]:
-        from torch.distributed.checkpoint.state_dict import (
-            StateDictOptions,
-            get_model_state_dict,
-            get_optimizer_state_dict,
-        )
-
-        # frozen weights come from model.path; with LoRA a checkpoint is as small as the adapters
-        options = StateDictOptions(ignore_frozen_params=True)
-        state: dict[str, Any] = {"model": get_model_state_dict(self.module, options=options)}
-        if optimizer:
-            state["optimizer"] = get_optimizer_state_dict(self.module, self.optimizer.torch_optimizer, options=options)
-        return state
+        sharded_checkpoint.load(directory, self.module, self.optimizer, backend="fsdp2", optimizer=optimizer)
 
     def offload(self) -> None:
         if self.options.offload and self.device.type != "cpu":

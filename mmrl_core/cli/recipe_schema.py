@@ -20,11 +20,14 @@ _CHOICES = {
     ("Recipe", "rewards"): "reward",
     ("Recipe", "writers"): "writer",
     ("EvalSpec", "data"): "prompt source",
+    ("AdvantageSpec", "plugin"): "advantage estimator",
+    ("LossSpec", "plugin"): "policy loss",
 }
 """(model, field) -> the kind of component that the field names."""
 
 _SAMPLING = (("Recipe", "sampling"), ("EvalSpec", "sampling"))
 _LISTS = ("rewards", "writers")
+_NULLABLE = ("plugin",)
 _AUTOMATIC = ("device", "launcher")
 
 
@@ -39,7 +42,9 @@ def recipe_schema(plugins: Plugins) -> dict[str, Any]:
         definitions[_key(kind)] = _kind(kind, plugins, definitions, own if kind == "reward" else {})
     definitions["sampling"] = _sampling(plugins, definitions)
     for (model, field), kind in _CHOICES.items():
-        reference = {"$ref": f"#/$defs/{_key(kind)}"}
+        reference: dict[str, Any] = {"$ref": f"#/$defs/{_key(kind)}"}
+        if field in _NULLABLE:
+            reference = {"anyOf": [reference, {"type": "null"}]}
         _point(schema, definitions, model, field, {"items": reference} if field in _LISTS else reference)
     for model, field in _SAMPLING:
         _point(schema, definitions, model, field, {"$ref": "#/$defs/sampling"})

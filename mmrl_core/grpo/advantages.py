@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mmrl_core.contracts import AdvantageEstimator
+from mmrl_core.errors import RewardError
 from mmrl_core.recipe import AdvantageSpec
 
 
@@ -82,6 +84,40 @@ def combined_advantages(
     for column, weight in zip(rewards.unbind(1), weights, strict=True):
         if weight != 0.0:
             total = total + weight * _unclamped(column, group_id, valid, spec)
+    return _clamped(total, spec)
+
+
+def estimated_advantages(
+    estimator: AdvantageEstimator,
+    rewards: Tensor,
+    weights: Sequence[float],
+    group_id: Tensor,
+    lengths: Tensor,
+    spec: AdvantageSpec,
+) -> Tensor:
+    """A plugin's advantages: of each of K rewards by itself, weighted and summed; then the clamp.
+
+    Args:
+        rewards: [N, K] float64, none failed; weights: K numbers; a reward of weight 0 takes no part.
+        group_id, lengths: [N] int64, as the estimator takes them.
+
+    Returns:
+        [N] float32.
+
+    Raises:
+        RewardError: the estimator returned another shape, or a number that is not finite.
+    """
+    total = torch.zeros(len(group_id), dtype=torch.float64)
+    for column, weight in zip(rewards.unbind(1), weights, strict=True):
+        if weight == 0.0:
+            continue
+        found = estimator.advantages(column, group_id, lengths)
+        if found.shape != total.shape or not bool(torch.isfinite(found).all()):
+            raise RewardError(
+                f"{type(estimator).__name__}: advantages of {len(total)} samples must be that many finite numbers; got "
+                f"shape {tuple(found.shape)}, {int((~torch.isfinite(found)).sum())} of them not finite"
+            )
+        total = total + weight * found.to(torch.float64)
     return _clamped(total, spec)
 
 

@@ -29,15 +29,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mmrl_core.contracts import ActionStats, LossBatch, LossOutput
+from mmrl_core.contracts import ActionStats, LossBatch, LossOutput, PolicyGradient
 from mmrl_core.grpo.importance import corrected_fraction, importance_weights, mismatch_metrics
 from mmrl_core.grpo.kl import MAX_EXPONENT, kl_estimate
 from mmrl_core.recipe import AlgorithmSpec
 
 
-def build_loss(algorithm: AlgorithmSpec) -> PolicyLoss:
-    """The loss that a recipe's `algorithm` section asks for."""
-    return PolicyLoss(algorithm)
+def build_loss(algorithm: AlgorithmSpec, policy_gradient: PolicyGradient | None = None) -> PolicyLoss:
+    """The loss that a recipe's `algorithm` section asks for, with a plugin's policy-gradient term or a built-in one."""
+    assert (policy_gradient is None) == (algorithm.loss.plugin is None), algorithm.loss.plugin
+    return PolicyLoss(algorithm, policy_gradient)
 
 
 class PolicyLoss:
@@ -51,17 +52,19 @@ class PolicyLoss:
     """
 
     scope: Literal["action", "sequence"]
-    """`sequence` for GSPO and for sequence-level importance weights, which need whole rows."""
+    """`sequence` for GSPO and for sequence-level importance weights, which need whole rows, or as a plugin says."""
     entropy_gradient: bool
     """True when there is an entropy bonus."""
 
-    def __init__(self, algorithm: AlgorithmSpec) -> None:
+    def __init__(self, algorithm: AlgorithmSpec, policy_gradient: PolicyGradient | None = None) -> None:
+        self._plugin = policy_gradient
         self._spec = algorithm.loss
         self._importance = algorithm.importance
         self._estimator = algorithm.kl.estimator
         self._kl_coef = algorithm.kl.coef if algorithm.kl.where == "loss" else 0.0
         self._clip_high = self._spec.clip_low if self._spec.clip_high is None else self._spec.clip_high
-        whole_rows = self._spec.name == "gspo" or self._importance.level == "sequence"
+        whole_rows = self._spec.name == "gspo" if policy_gradient is None else policy_gradient.scope == "sequence"
+        whole_rows = whole_rows or self._importance.level == "sequence"
         self.scope = "sequence" if whole_rows else "action"
         self.entropy_gradient = self._spec.entropy_coef != 0.0
 
@@ -80,8 +83,12 @@ class PolicyLoss:
 
         if stats.weight is not None:
             factor = factor * _where(mask, stats.weight).detach()
-        per_action, sums = self._policy_gradient(self._ratio(log_probs, old, mask), advantages, metric_weight)
-        loss = (weight * factor * per_action).sum()
+        if self._plugin is None:
+            per_action, sums = self._policy_gradient(log_probs, old, advantages, mask, metric_weight)
+            loss = (weight * factor * per_action).sum()
+        else:
+            loss, fractions = self._plugin.term(log_probs, old, advantages, mask, weight * factor)
+            sums = {name: value.detach() * metric_weight.sum() for name, value in fractions.items()}
         sums["actor/pg_loss"] = loss.detach()
         sums["actor/ppo_kl"] = (metric_weight * (old - current)).sum()
 
@@ -108,27 +115,17 @@ class PolicyLoss:
             )
         return LossOutput(loss=loss, sums=sums, maxima=maxima)
 
-    def _ratio(self, log_probs: Tensor, old: Tensor, mask: Tensor) -> Tensor:
-        """[b, t]: current / old of the action, or of its row in GSPO's sense. Exactly 1 when both are equal."""
-        log_ratio = log_probs - old
-        if self._spec.name == "gspo":
-            lengths = mask.sum(dim=1, keepdim=True).clamp(min=1)
-            row = log_ratio.detach().sum(dim=1, keepdim=True) / lengths
-            log_ratio = row + (log_probs - log_probs.detach())
-        return log_ratio.clamp(-MAX_EXPONENT, MAX_EXPONENT).exp()
-
     def _policy_gradient(
-        self, ratio: Tensor, advantages: Tensor, metric_weight: Tensor
+        self, log_probs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, metric_weight: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The clipped surrogate of each action, [b, t], and the fractions clipped."""
-        plain = -advantages * ratio
-        clipped = -advantages * ratio.clamp(1.0 - self._spec.clip_low, 1.0 + self._clip_high)
-        surrogate = torch.maximum(plain, clipped)
-        sums = {"actor/pg_clipfrac": torch.where(clipped > plain, metric_weight, 0.0).sum()}
-        if self._spec.dual_clip is not None:
-            bound = -advantages * self._spec.dual_clip
-            bounded = (advantages < 0) & (surrogate > bound)
-            surrogate = torch.where(bounded, bound, surrogate)
+        spec = self._spec
+        ratio = probability_ratio(log_probs, old, mask, whole_rows=spec.name == "gspo")
+        surrogate, clipped, bounded = clipped_surrogate(
+            ratio, advantages, clip_low=spec.clip_low, clip_high=self._clip_high, dual_clip=spec.dual_clip
+        )
+        sums = {"actor/pg_clipfrac": torch.where(clipped, metric_weight, 0.0).sum()}
+        if bounded is not None:
             sums["actor/pg_clipfrac_lower"] = torch.where(bounded, metric_weight, 0.0).sum()
         return surrogate, sums
 
@@ -139,6 +136,32 @@ class PolicyLoss:
         if batch.reference_log_probs is None:
             return None
         return kl_estimate(log_probs, _where(batch.mask, batch.reference_log_probs), self._estimator)
+
+
+def probability_ratio(log_probs: Tensor, old_log_probs: Tensor, mask: Tensor, *, whole_rows: bool) -> Tensor:
+    """[b, t]: current / old of the action, or, with `whole_rows`, of its row in GSPO's sense. Exactly 1 when both are
+    equal. All [b, t]; log-probs are 0 where not `mask`."""
+    log_ratio = log_probs - old_log_probs
+    if whole_rows:
+        lengths = mask.sum(dim=1, keepdim=True).clamp(min=1)
+        row = log_ratio.detach().sum(dim=1, keepdim=True) / lengths
+        log_ratio = row + (log_probs - log_probs.detach())
+    return log_ratio.clamp(-MAX_EXPONENT, MAX_EXPONENT).exp()
+
+
+def clipped_surrogate(
+    ratio: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float, dual_clip: float | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Of each action, [b, t]: the surrogate, whether the clipped term was taken, and whether the dual clip was (None
+    when it is off)."""
+    plain = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
+    surrogate = torch.maximum(plain, clipped)
+    if dual_clip is None:
+        return surrogate, clipped > plain, None
+    bound = -advantages * dual_clip
+    bounded = (advantages < 0) & (surrogate > bound)
+    return torch.where(bounded, bound, surrogate), clipped > plain, bounded
 
 
 def _where(mask: Tensor, values: Tensor) -> Tensor:

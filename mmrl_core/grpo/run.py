@@ -7,7 +7,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from mmrl_core.contracts import DeviceOps, Policy, PromptSource, RolloutEngine, Sample, TrainingBackend
+from mmrl_core.contracts import (
+    AdvantageEstimator,
+    DeviceOps,
+    Policy,
+    PolicyGradient,
+    PromptSource,
+    RolloutEngine,
+    Sample,
+    TrainingBackend,
+)
 from mmrl_core.recipe import Recipe
 from mmrl_core.world import World
 
@@ -69,6 +78,10 @@ class Run:
     """Collective: whether any rank was told to stop."""
     facts: Mapping[str, Any]
     """What every checkpoint carries, and a resumed run must share: `recipe` (what shapes the result), `data_digest`."""
+    estimator: AdvantageEstimator | None = None
+    """A plugin's; None: the built-in formulas."""
+    policy_gradient: PolicyGradient | None = None
+    """A plugin's; None: the built-in ones."""
     progress: Progress = field(default_factory=Progress)
     held_out: tuple[int, Evaluation] | None = None
     """The last evaluation in training, and its step."""

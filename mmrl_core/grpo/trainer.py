@@ -17,9 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmrl_core.contracts import Record, Rollouts
+from mmrl_core.contracts import AdvantageEstimator, Record, Rollouts
 from mmrl_core.errors import RewardError
-from mmrl_core.grpo.advantages import combined_advantages, compute_advantages, shuffle_within_groups
+from mmrl_core.grpo.advantages import (
+    combined_advantages,
+    compute_advantages,
+    estimated_advantages,
+    shuffle_within_groups,
+)
 from mmrl_core.grpo.collect import SampleRow, StepBatch, collect, reward_columns, seed_of
 from mmrl_core.grpo.distribute import Layouts, distribute
 from mmrl_core.grpo.evaluation import Evaluation, Evaluator
@@ -107,7 +112,7 @@ def learn(run: Run, batch: StepBatch, step: int, layouts: Layouts) -> dict[str, 
         old = rollouts.behaviour_log_probs
     elif algorithm.old_log_probs == "auto" and algorithm.updates_per_rollout == 1:
         old = None  # the current log-probs, detached: the same numbers without a pass
-    loss = build_loss(algorithm)
+    loss = build_loss(algorithm, run.policy_gradient)
     totals: dict[str, float] = {}
     minibatches = split_samples(batch.kept, algorithm)
     with run.timers("update"):
@@ -179,11 +184,13 @@ def advantage_table(run: Run, kept: Sequence[SampleRow], rewards: Tensor, step: 
     `rewards` [N] are the shaped ones, in the order of `kept`. With `combine: advantages` those of the table are used,
     each by itself.
     """
-    return advantages_of(run.recipe, kept, rewards, step)
+    return advantages_of(run.recipe, run.estimator, kept, rewards, step)
 
 
-def advantages_of(recipe: Recipe, kept: Sequence[SampleRow], rewards: Tensor, step: int) -> dict[int, float]:
-    """`advantage_table` from the recipe alone."""
+def advantages_of(
+    recipe: Recipe, estimator: AdvantageEstimator | None, kept: Sequence[SampleRow], rewards: Tensor, step: int
+) -> dict[int, float]:
+    """`advantage_table` without a run."""
     algorithm = recipe.algorithm
     groups = torch.tensor([row.group_id for row in kept])
     valid = torch.ones(len(kept), dtype=torch.bool)
@@ -192,8 +199,14 @@ def advantages_of(recipe: Recipe, kept: Sequence[SampleRow], rewards: Tensor, st
         rewards = reward_columns(kept, recipe.rewards)
     if algorithm.shuffle_rewards:
         rewards = shuffle_within_groups(rewards, groups, valid, seed_of(recipe.seed, step, -1))
-    if separately:
-        weights = [choice.weight for choice in recipe.rewards]
+    weights = [choice.weight for choice in recipe.rewards]
+    if estimator is not None:
+        lengths = torch.tensor([row.actions for row in kept])
+        columns = rewards if separately else rewards[:, None]
+        advantages = estimated_advantages(
+            estimator, columns, weights if separately else [1.0], groups, lengths, algorithm.advantage
+        )
+    elif separately:
         advantages = combined_advantages(rewards, weights, groups, valid, algorithm.advantage)
     else:
         advantages = compute_advantages(rewards, groups, valid, algorithm.advantage)

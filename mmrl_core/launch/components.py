@@ -6,7 +6,15 @@ import hashlib
 import json
 from typing import Any
 
-from mmrl_core.contracts import DeviceOps, Policy, PromptSource, RolloutEngine, RunContext
+from mmrl_core.contracts import (
+    AdvantageEstimator,
+    DeviceOps,
+    Policy,
+    PolicyGradient,
+    PromptSource,
+    RolloutEngine,
+    RunContext,
+)
 from mmrl_core.grpo.evaluation import Evaluator
 from mmrl_core.plugins import Selected, Selection
 from mmrl_core.recipe import ModelSpec, Recipe
@@ -32,6 +40,22 @@ def create_source(selected: Selected, seed: int) -> PromptSource:
     source: PromptSource = selected.create(seed)
     source.prepare()
     return source
+
+
+def create_estimator(recipe: Recipe, selection: Selection) -> AdvantageEstimator | None:
+    """The plugin's advantage estimator that the recipe names, or None."""
+    if selection.advantage is None:
+        return None
+    estimator: AdvantageEstimator = selection.advantage.create(recipe.algorithm.advantage)
+    return estimator
+
+
+def create_policy_gradient(recipe: Recipe, selection: Selection) -> PolicyGradient | None:
+    """The plugin's policy-gradient term that the recipe names, or None."""
+    if selection.policy_loss is None:
+        return None
+    term: PolicyGradient = selection.policy_loss.create(recipe.algorithm.loss)
+    return term
 
 
 def create_rewards(recipe: Recipe, selection: Selection, device: DeviceOps, local_rank: int) -> RewardExecutor:

@@ -103,6 +103,8 @@ def build(recipe: Recipe, selection: Selection, world: World, device: Any, rewar
         store=CheckpointStore(recipe.directory, world, recipe.checkpoint.keep),
         stop_requested=lambda: False,
         facts={"recipe": shaping_fields(recipe), "data_digest": data_digest},
+        estimator=components.create_estimator(recipe, selection),
+        policy_gradient=components.create_policy_gradient(recipe, selection),
     )
 
 

@@ -17,6 +17,8 @@ A plugin's tests subclass one class a component and run it with pytest::
 | `WeightFormatConformance` | `mmrl_core.testing.weight_formats` | yes |
 | `LauncherConformance` | `mmrl_core.testing.launchers` | yes |
 | `PatchConformance` (not of a component) | `mmrl_core.testing.patches` | no |
+| `AdvantageEstimatorConformance` | `mmrl_core.testing.algorithm_parts` | yes |
+| `PolicyGradientConformance` | `mmrl_core.testing.algorithm_parts` | yes |
 | `DeviceConformance` | `mmrl_core.testing.devices` | yes |
 | `PolicyConformance` | `mmrl_core.testing.policies` | yes |
 | `BackendConformance` | `mmrl_core.testing.backends` | yes |
@@ -37,6 +39,7 @@ if "pytest" in sys.modules:  # so that a failed check shows its values; nothing 
         *(
             f"{__name__}.{module}"
             for module in (
+                "algorithm_parts",
                 "backend_gradients",
                 "backend_replicas",
                 "backend_updates",

@@ -63,8 +63,8 @@ class ComponentConformance:
     """The declaration. Base of every other conformance class, which sets `kind`."""
 
     kind: ClassVar[str]
-    """`device`, `backend`, `rollout`, `reward`, `policy`, `launcher`, `prompt source`, `writer` or
-    `weight format`."""
+    """`device`, `backend`, `rollout`, `reward`, `policy`, `launcher`, `prompt source`, `writer`, `weight format`,
+    `advantage estimator` or `policy loss`."""
     component: ClassVar[str | Component]
     """A word that a recipe could say (`mine`, `my-distribution:mine`), or the `Component` itself for a plugin whose
     distribution is not installed while it is being tested."""

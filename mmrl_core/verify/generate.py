@@ -13,6 +13,7 @@ from mmrl_core.contracts import DeviceOps, Policy, PromptSource, RolloutEngine, 
 from mmrl_core.errors import VerifyError
 from mmrl_core.grpo.collect import request, score_everywhere, take_prompts
 from mmrl_core.grpo.trainer import advantages_of
+from mmrl_core.launch import components
 from mmrl_core.plugins import Selection
 from mmrl_core.recipe import Recipe
 from mmrl_core.rewards.executor import RewardExecutor, Scored
@@ -97,7 +98,7 @@ def _batch(stage: Stage, job: Job, parts: list[tuple[Rollouts, list[str], list[S
     else:
         rows = _usable(recipe, rollouts, scored, order)
         picked = select_rows(rollouts, rows)
-        advantages = _advantages(recipe, picked, [scored[row] for row in rows])
+        advantages = _advantages(stage, picked, [scored[row] for row in rows])
     if not bool((picked.mask.sum(-1) * advantages.abs()).any()):
         raise VerifyError(
             "every advantage of the batch is 0 (the samples of each prompt have equal rewards), so every gradient "
@@ -140,7 +141,7 @@ def _usable(recipe: Recipe, rollouts: Rollouts, scored: list[Scored], order: lis
     return usable
 
 
-def _advantages(recipe: Recipe, rollouts: Rollouts, scored: list[Scored]) -> Tensor:
+def _advantages(stage: Stage, rollouts: Rollouts, scored: list[Scored]) -> Tensor:
     """[B] fp32, as the recipe's `algorithm.advantage` says; a KL penalty in the reward is left out."""
     kept = [
         sample_row(int(group), int(sample), int(actions), result)
@@ -149,5 +150,6 @@ def _advantages(recipe: Recipe, rollouts: Rollouts, scored: list[Scored]) -> Ten
         )
     ]
     rewards = torch.tensor([result.value for result in scored], dtype=torch.float64)
-    table = advantages_of(recipe, kept, rewards, 1)
+    estimator = components.create_estimator(stage.recipe, stage.selection)
+    table = advantages_of(stage.recipe, estimator, kept, rewards, 1)
     return torch.tensor([table[int(sample)] for sample in rollouts.sample_id], dtype=torch.float32)

@@ -132,7 +132,8 @@ class Recorder:
         if stats.entropy is not None:
             self._gather("entropy", batch, rollouts, stats.entropy)
         reference = self._reference(batch, rollouts)
-        loss = build_loss(self.stage.recipe.algorithm)
+        recipe, selection = self.stage.recipe, self.stage.selection
+        loss = build_loss(recipe.algorithm, components.create_policy_gradient(recipe, selection))
         minibatch = self._minibatch(batch, rollouts, self._old(rollouts, stats), reference)
         self._write(GRADIENTS, self.backend.gradients(minibatch, loss))
         updates: list[dict[str, float]] = []

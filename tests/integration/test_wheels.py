@@ -65,6 +65,13 @@ USES = {
         wrong="rollout.memory_fraction=2",
         said="rollout.memory_fraction",
     ),
+    "mmrl-verl": Use(
+        component="verl-fsdp2",
+        recipe="quickstart.yaml",
+        overrides=("backend={name: verl-fsdp2, remove_padding: true}",),
+        wrong="backend.remove_pading=true",
+        said="remove_padding",
+    ),
 }
 """Of every plugin; a new one adds its own."""
 
@@ -269,3 +276,53 @@ writers: [jsonl]
         assert row["grpo/score/mean"] == pytest.approx(
             row["reward/brevity/mean"] + 0.5 * row["reward/distinct/mean"], abs=1e-9
         )
+
+
+PLAIN_VERL = """
+import asyncio, json
+import numpy, torch, verl
+from omegaconf import OmegaConf
+from verl.trainer.ppo.core_algos import get_adv_estimator_fn, get_policy_loss_fn
+from verl.trainer.ppo.reward import load_reward_manager
+
+
+class Tokenizer:
+    def decode(self, ids, skip_special_tokens):
+        return " ".join(f"word{i}" for i in ids)
+
+
+def score(settings):
+    function = {"path": "pkg://mmrl_verl.rewards", "name": "brevity", "reward_kwargs": settings}
+    manager = {"source": "register", "name": "naive"}
+    config = OmegaConf.create({"reward": {"custom_reward_function": function, "reward_manager": manager}})
+    manager = load_reward_manager(config, Tokenizer())
+    data = verl.DataProto.from_dict(
+        {"prompts": torch.ones(1, 2), "responses": torch.arange(5)[None], "attention_mask": torch.ones(1, 7).long()},
+        non_tensors={
+            "data_source": numpy.array(["anything"], dtype=object),
+            "reward_model": numpy.array([{"ground_truth": "none"}], dtype=object),
+            "extra_info": numpy.array([{"index": 3}], dtype=object),
+        },
+    )
+    return manager.loop.run_until_complete(manager.run_single(data))
+
+
+try:
+    score({"half_live_words": 2})
+    refused = None
+except Exception as error:
+    refused = f"{type(error).__name__}: {error}"
+names = [get_adv_estimator_fn("mmrl_dr_grpo").__name__, get_policy_loss_fn("mmrl_gspo").__name__]
+print(json.dumps([score({"half_life_words": 5, "free_words": 0}), refused, names]))
+"""
+
+
+def test_a_plain_verl_process_uses_a_reward_from_a_wheel(clean_python: Path, tmp_path: Path) -> None:
+    """verl's own reward manager, configured as a verl user would: the reward by its name, its options, its errors."""
+    output = run(clean_python, "-c", PLAIN_VERL, cwd=tmp_path)
+    answer, refused, names = json.loads(output.strip().splitlines()[-1])
+    assert answer["reward_score"] == 0.5
+    assert answer["reward_extra_info"] == {"score": 0.5, "brevity/words": 5.0}
+    assert "half_live_words" in refused
+    assert "half_life_words" in refused
+    assert names == ["mmrl_dr_grpo", "mmrl_gspo"]

@@ -81,7 +81,7 @@ def table() -> list[SampleRow]:
 
 def run(**fields: Any) -> Any:
     algorithm = AlgorithmSpec(**{"steps": 1, "prompts_per_step": 3, "samples_per_prompt": 4, **fields})
-    return SimpleNamespace(recipe=SimpleNamespace(seed=3, rewards=choices(), algorithm=algorithm))
+    return SimpleNamespace(estimator=None, recipe=SimpleNamespace(seed=3, rewards=choices(), algorithm=algorithm))
 
 
 def expected(rows: list[SampleRow], eps: float) -> dict[int, float]:
