@@ -64,10 +64,17 @@ def load_causal_lm(spec: ModelSpec, dtype: torch.dtype, attention: str) -> Any:
             spec.path, dtype=dtype, attn_implementation=attention, **_remote(spec)
         ),
     )
-    # transformers gives the padding token's row no gradient. Padding is in no loss here, and many models pad with a
-    # token that also stands in prompts (the end of a turn): its gradient would be lost.
-    model.get_input_embeddings().padding_idx = None
+    train_padding_row(model)
     return model
+
+
+def train_padding_row(model: Any) -> None:
+    """Let the padding token's row of the embedding have a gradient, which transformers leaves out.
+
+    Padding is in no loss here, and many models pad with a token that also stands in prompts (the end of a turn): what it
+    does there would not be learned, and backends whose embedding knows no padding would differ.
+    """
+    model.get_input_embeddings().padding_idx = None
 
 
 def _remote(spec: ModelSpec) -> dict[str, bool]:

@@ -17,6 +17,7 @@ from mmrl_core.checkpoint.initial_weights import load_initial
 from mmrl_core.contracts import RunContext, TokenPolicy, TrainingSpec
 from mmrl_core.errors import ModelError
 from mmrl_core.lora import add_adapters
+from mmrl_core.text.model_folder import train_padding_row
 from mmrl_verl.platforms import choose, engine_class
 
 if TYPE_CHECKING:
@@ -133,6 +134,7 @@ def _engine_type(base: Any, plan: Plan) -> Any:
 
         def _build_module(self) -> nn.Module:
             module: nn.Module = super()._build_module()
+            train_padding_row(module)
             held = not any(parameter.is_meta for parameter in module.parameters())
             # verl loads an untied model on the first rank only and sends it to the others
             if model.init_from is not None and held:
