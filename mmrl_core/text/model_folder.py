@@ -71,8 +71,8 @@ def load_causal_lm(spec: ModelSpec, dtype: torch.dtype, attention: str) -> Any:
 def train_padding_row(model: Any) -> None:
     """Let the padding token's row of the embedding have a gradient, which transformers leaves out.
 
-    Padding is in no loss here, and many models pad with a token that also stands in prompts (the end of a turn): what it
-    does there would not be learned, and backends whose embedding knows no padding would differ.
+    Padding is in no loss here, and many models pad with a token that also stands in prompts (the end of a turn): what
+    it does there would not be learned, and backends whose embedding knows no padding would differ.
     """
     model.get_input_embeddings().padding_idx = None
 
