@@ -15,6 +15,7 @@ import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from mmrl_core.errors import PreflightError
+from mmrl_ray.cluster import living
 from mmrl_ray.interrupts import Interrupts
 from mmrl_ray.outcome import Failure, of_actor, of_exit
 from mmrl_ray.placement import Place, Placement
@@ -122,15 +123,23 @@ class RankGroup:
                     self.stopped.append(member.place.rank)
             except ray.exceptions.RayError as error:
                 if member.running and member.pid:
+                    if isinstance(error, ray.exceptions.ActorUnavailableError):
+                        self._await_verdict(member.place)
                     self._fail(of_actor(member.place, error, time.time()))
             member.running = False
         for call in silent:
-            member = stops[call]
-            unanswered = ray.exceptions.RayError(f"it did not answer for {_UNREACHABLE_S:.0f} s")
-            self._fail(of_actor(member.place, unanswered, time.time()))
+            place = stops[call].place
+            unanswered = ray.exceptions.ActorUnavailableError(f"no answer for {_UNREACHABLE_S:.0f} s", None)
+            self._fail(of_actor(place, unanswered, time.time()))
         for member in self._members:
             ray.kill(member.actor)
         self._members.clear()
+
+    def _await_verdict(self, place: Place) -> None:
+        """Ray takes a while to declare a node dead, and would place ranks there until then."""
+        deadline = time.monotonic() + _UNREACHABLE_S
+        while any(node.id == place.node.id for node in living()) and time.monotonic() < deadline:
+            time.sleep(_WAIT_S)
 
     def _take(self, member: _Member, call: Any) -> None:
         try:

@@ -14,6 +14,8 @@ from mmrl_ray.cluster import nodes
 from mmrl_ray.placement import Place
 
 _TAIL_LINES = 30
+_NOTICED_S = 1.0
+"""A crash is noticed after it: on a busy machine the other ranks may have failed for want of this one before that."""
 _MEMORY = (
     "Use fewer or smaller micro-batches (backend), fewer ranks a node (launcher.strategy: SPREAD), or a node with more "
     "memory"
@@ -33,6 +35,8 @@ class Failure:
     """Killed, or gone with its actor or node: another start may do better. An error would only come again."""
     moment: float
     """By this machine's clock."""
+    vanished: bool = False
+    """Not by its own doing, and not for want of the others: nothing but the cause ends a rank like this."""
     hint: str | None = None
 
 
@@ -53,7 +57,15 @@ def of_exit(place: Place, pid: int, code: int, moment: float, *, out_of_memory: 
             else "When you did not kill it, the kernel may have for want of memory: see `dmesg` there"
         )
     how = f"{where} was killed by signal {-code} ({name})"
-    return Failure(place=place, how=how, status=128 - code, lost=True, moment=moment, hint=hint)
+    return Failure(
+        place=place,
+        how=how,
+        status=128 - code,
+        lost=True,
+        moment=moment - _NOTICED_S,
+        vanished=code == -signal.SIGKILL,
+        hint=hint,
+    )
 
 
 def of_actor(place: Place, error: ray.exceptions.RayError, moment: float) -> Failure:
@@ -62,19 +74,25 @@ def of_actor(place: Place, error: ray.exceptions.RayError, moment: float) -> Fai
     status = 128 + int(signal.SIGKILL)
     where = f"on node {place.node.address}"
     hint = None
-    if isinstance(error, ray.exceptions.OutOfMemoryError) or "running low on memory" in text or "due to OOM" in text:
+    if isinstance(error, ray.exceptions.ActorUnavailableError) and not _dead(place):
+        how = f"{where} does not answer any more"
+    elif isinstance(error, ray.exceptions.OutOfMemoryError) or "running low on memory" in text or "due to OOM" in text:
         how = f"{where} was killed by Ray for want of memory: the node was running low"
         hint = f"{_MEMORY}. Ray's limit is RAY_memory_usage_threshold of the node (0.95), at `ray start`"
-    elif any(node.id == place.node.id and not node.alive for node in nodes()):
+    elif _dead(place):
         how = f"was lost with its node {place.node.address}"
     else:
         how = f"{where} was lost with its actor: {_gist(text)}"
-    return Failure(place=place, how=how, status=status, lost=True, moment=moment, hint=hint)
+    return Failure(place=place, how=how, status=status, lost=True, moment=moment, vanished=True, hint=hint)
+
+
+def _dead(place: Place) -> bool:
+    return any(node.id == place.node.id and not node.alive for node in nodes())
 
 
 def first(failures: Sequence[Failure]) -> Failure:
-    """The cause. A rank that vanished was not made to by another's error; of the rest, the earliest."""
-    vanished = [failure for failure in failures if failure.lost and "was lost" in failure.how]
+    """The cause: what vanished, else the earliest."""
+    vanished = [failure for failure in failures if failure.vanished]
     return min(vanished or failures, key=lambda failure: (failure.moment, failure.place.rank))
 
 
