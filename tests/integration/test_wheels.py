@@ -61,8 +61,7 @@ USES = {
     ),
     "mmrl-ray": Use(
         component="ray",
-        recipe="quickstart.yaml",
-        overrides=("launcher={name: ray, processes: 2}",),
+        recipe="quickstart_ray.yaml",
         wrong="launcher.max_restart=2",
         said="max_restarts",
     ),

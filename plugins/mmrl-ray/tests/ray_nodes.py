@@ -20,9 +20,9 @@ _READY_S = 120.0
 _STORE = str(80 * 2**20)
 
 
-def free_port() -> int:
-    """Above those that Ray gives its workers."""
-    for port in range(20_000 + os.getpid() % 9_000, 32_000):
+def free_port(above: int = 20_000) -> int:
+    """Outside those that Ray gives its workers; test processes begin to look in different places."""
+    for port in range(above + os.getpid() % 9_000, above + 12_000):
         with socket.socket() as probe:
             try:
                 probe.bind(("", port))
@@ -48,7 +48,7 @@ class RayNode:
         self.client_port = free_port()
         command = [*before, sys.executable, "-m", "ray.scripts.scripts", "start", "--block", f"--num-cpus={cpus}"]
         command += [f"--resources={resources}", f"--object-store-memory={_STORE}", "--disable-usage-stats"]
-        command += ["--include-log-monitor=false"]
+        command += ["--include-log-monitor=false", f"--dashboard-agent-listen-port={free_port(32_000)}"]
         if join is None:
             head = ["--head", "--port=0", f"--ray-client-server-port={self.client_port}", "--include-dashboard=false"]
             command += [*head, f"--temp-dir={self.folder}"]

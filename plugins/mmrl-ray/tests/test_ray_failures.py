@@ -17,10 +17,6 @@ import psutil
 import pytest
 import ray
 from kill_moments import start
-from ray_nodes import RayNode, ours, wait_for_nodes
-
-from mmrl_core.errors import PreflightError
-from mmrl_core.testing.tiny import write_recipe_file
 from mmrl_ray import address as joining
 from mmrl_ray.address import reach
 from mmrl_ray.cluster import Node
@@ -28,6 +24,10 @@ from mmrl_ray.launcher import RayLauncher
 from mmrl_ray.options import RayOptions
 from mmrl_ray.outcome import first, of_actor, of_exit
 from mmrl_ray.placement import Place
+from ray_nodes import RayNode, ours, wait_for_nodes
+
+from mmrl_core.errors import PreflightError
+from mmrl_core.testing.tiny import write_recipe_file
 
 LIMIT_S = 180
 PREAMBLE = """
@@ -292,6 +292,33 @@ def test_causes() -> None:
     assert first([error, aborted]) is error, "an abort that follows another rank's error long after"
     said = ray.exceptions.OutOfMemoryError("Task was killed due to the node running low on memory.")
     assert "for want of memory" in of_actor(places[0], said, 0.0).how
+
+
+def test_breakpoints_wait_for_rays_debugger(work: Work, cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_DEBUG", "legacy")
+    work.write("""
+        answer = 41
+        breakpoint()
+        answer += 1
+        print("answer", answer, flush=True)
+        return 0
+    """)
+    process = work.start(address=cluster, processes=1)
+    assert process.stderr is not None
+    said = ""
+    while (found := re.search(r"session open at localhost:(\d+)", said)) is None:
+        line = process.stderr.readline()
+        assert line, said
+        said += line
+    with socket.create_connection(("127.0.0.1", int(found[1])), timeout=LIMIT_S) as debugger:
+        talk = debugger.makefile("rw")
+        talk.write("p answer * 1000\nanswer = 1\nc\n")
+        talk.flush()
+        shown = talk.read()
+    assert "rank_work.py" in shown, "it stops in the rank's own code"
+    assert "41000" in shown
+    out, err = process.communicate(timeout=LIMIT_S)
+    assert (process.returncode, out) == (0, "answer 2\n"), err
 
 
 # ------------------------------------------------------------------------------------------------------------- stopping

@@ -63,7 +63,9 @@ def _hosts(interface: str | None = "eth0") -> list[Host]:
 
 
 def _environments(own: Mapping[str, str], interface: str | None = "eth0", **options: Any) -> list[dict[str, str]]:
-    return environments(_places(), _hosts(interface), 4711, RayOptions(**options), "GPU", own, Path("/runs/a/logs"))
+    return environments(
+        _places(), _hosts(interface), 4711, RayOptions(**options), "GPU", own, Path("/runs/a/logs"), "10.0.0.1:6379"
+    )
 
 
 def test_ranks_get_the_variables_of_torch_distributed() -> None:
@@ -91,6 +93,13 @@ def test_what_a_recipe_says_comes_first() -> None:
     made = _environments({"OMP_NUM_THREADS": "3"}, interface=None, threads_per_process=5)
     assert {e["OMP_NUM_THREADS"] for e in made} == {"5"}
     assert not any("GLOO_SOCKET_IFNAME" in e for e in made), "the node has chosen"
+
+
+def test_breakpoints_are_rays_when_asked_for() -> None:
+    assert not any("PYTHONBREAKPOINT" in e for e in _environments({"RAY_DEBUG": "1"}))
+    for e in _environments({"RAY_DEBUG": "legacy"}):
+        assert e["PYTHONBREAKPOINT"] == "mmrl_ray.breakpoints.set_trace"
+        assert e["MMRL_RAY_ADDRESS"] == "10.0.0.1:6379"
 
 
 def test_variables_of_the_launcher_cannot_be_taken() -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from mmrl_core.errors import PreflightError
 
 _REACH_S = 5.0
-_ANSWER_S = 30.0
+_ANSWER_S = 60.0
 _CURRENT = Path("ray") / "ray_current_cluster"
 """Below Ray's temporary folder: the file in which `ray start` leaves the address."""
 
@@ -54,7 +54,8 @@ def _reach(address: str) -> str:
 
 
 def _current() -> str:
-    file = Path(os.environ.get("RAY_TMPDIR") or "/tmp") / _CURRENT
+    folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"  # as Ray has it
+    file = Path(folder) / _CURRENT
     try:
         return file.read_text(encoding="utf-8").strip()
     except OSError as error:

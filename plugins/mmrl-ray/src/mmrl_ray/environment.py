@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mmrl_core.launch.rank import LOG_VARIABLE
+from mmrl_ray.breakpoints import ADDRESS_VARIABLE, DEBUG_VARIABLE
 from mmrl_ray.options import RayOptions
 from mmrl_ray.placement import Place
 from mmrl_ray.rank_process import GLOO_INTERFACE, Host
@@ -15,6 +16,7 @@ FORWARDED = ("MMRL_", "HF_", "TRANSFORMERS_", "TOKENIZERS_", "WANDB_", "SWANLAB_
 own matter: ranks have them from their node."""
 _NOT_FORWARDED = ("MMRL_STORE", "MMRL_RANK_LOG", "MMRL_PARENT_PID", "MMRL_FAILURE_MARK")
 VISIBLE = {"GPU": "CUDA_VISIBLE_DEVICES", "NPU": "ASCEND_RT_VISIBLE_DEVICES"}
+_BREAKPOINT = "mmrl_ray.breakpoints.set_trace"
 _THREADS = "OMP_NUM_THREADS"
 
 
@@ -26,6 +28,7 @@ def environments(
     resource: str,
     own: Mapping[str, str],
     logs: Path,
+    gcs: str,
 ) -> list[dict[str, str]]:
     """Of each rank, over its node's.
 
@@ -34,6 +37,7 @@ def environments(
         port: on rank 0's node, for the ranks to meet at.
         own: the launching process's environment.
         logs: the folder for the logs of ranks other than 0.
+        gcs: the cluster's address, for breakpoints.
     """
     size = len(places)
     several = any(place.local_size < size for place in places)
@@ -51,6 +55,8 @@ def environments(
             "PYTHONUNBUFFERED": "1",
             _THREADS: _threads(options, own, host.cores // place.local_size),
         }
+        if own.get(DEBUG_VARIABLE) == "legacy":
+            environment |= {"PYTHONBREAKPOINT": _BREAKPOINT, ADDRESS_VARIABLE: gcs, DEBUG_VARIABLE: "legacy"}
         if place.rank > 0:
             environment[LOG_VARIABLE] = str(logs / f"rank{place.rank}.log")
         if resource in VISIBLE:

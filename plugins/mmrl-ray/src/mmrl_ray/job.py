@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+import ray
+
 from mmrl_core.devices.cores import usable_cores
 from mmrl_core.errors import PreflightError
 from mmrl_core.launch.distributed import is_loopback
@@ -112,7 +114,14 @@ class Job:
         for path in logs.values():
             path.parent.mkdir(parents=True, exist_ok=True)
         made = environments(
-            placement.places, hosts, port, self.options, self.resource, os.environ, self.folder / "logs"
+            placement.places,
+            hosts,
+            port,
+            self.options,
+            self.resource,
+            os.environ,
+            self.folder / "logs",
+            ray.get_runtime_context().gcs_address,
         )
         command = ("-m", "mmrl_core.launch.rank", self.worker, str(self.recipe.directory / "recipe.yaml"))
         group.start(
