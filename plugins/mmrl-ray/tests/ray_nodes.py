@@ -16,7 +16,8 @@ from pathlib import Path
 
 import psutil
 
-_READY_S = 120.0
+_READY_S = 180.0
+_ATTEMPTS = 3
 _STORE = str(80 * 2**20)
 
 
@@ -45,34 +46,43 @@ class RayNode:
         before: Sequence[str] = (),
     ) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="mr", dir="/tmp"))  # sockets have short names
-        self.client_port = free_port()
+        self.log = self.folder / "start.log"
         command = [*before, sys.executable, "-m", "ray.scripts.scripts", "start", "--block", f"--num-cpus={cpus}"]
         command += [f"--resources={resources}", f"--object-store-memory={_STORE}", "--disable-usage-stats"]
-        command += ["--include-log-monitor=false", f"--dashboard-agent-listen-port={free_port(32_000)}"]
+        command += ["--include-log-monitor=false"]
         if join is None:
-            head = ["--head", "--port=0", f"--ray-client-server-port={self.client_port}", "--include-dashboard=false"]
-            command += [*head, f"--temp-dir={self.folder}"]
+            command += ["--head", "--port=0", "--include-dashboard=false", f"--temp-dir={self.folder}"]
         else:
             command += [f"--address={join}"]
-        self.log = self.folder / "start.log"
+        for _ in range(_ATTEMPTS):
+            ports = [f"--dashboard-agent-listen-port={free_port(32_000)}"]
+            ports += [f"--ray-client-server-port={free_port()}"] if join is None else []
+            self.process = self._start([*command, *ports], environment or {})
+            if self._ready():
+                break
+        else:
+            raise AssertionError(self.log.read_text())
+        self.address = join or re.findall(r"--address='([^']+)'", self.log.read_text())[-1]
+
+    def _start(self, command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
         with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
+            return subprocess.Popen(
                 command,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "RAY_worker_niceness": "0", **(environment or {})},
+                env={**os.environ, "RAY_worker_niceness": "0", **environment},
                 start_new_session=True,
             )
-        self.address = join or ""
+
+    def _ready(self) -> bool:
+        """False when it has given up: Ray allows a node 30 s to start, however busy the machine is."""
         deadline = time.monotonic() + _READY_S
-        while "Ray runtime started" not in (said := self.log.read_text()):
-            assert self.process.poll() is None, said
-            assert time.monotonic() < deadline, said
+        while "To terminate the Ray runtime" not in self.log.read_text():
+            if self.process.poll() is not None:
+                return False
+            assert time.monotonic() < deadline, self.log.read_text()
             time.sleep(0.1)
-        if join is None:
-            while (found := re.search(r"--address='([^']+)'", self.log.read_text())) is None:
-                time.sleep(0.1)
-            self.address = found[1]
+        return True
 
     def processes(self) -> list[psutil.Process]:
         """Of this node, its workers included."""

@@ -350,6 +350,17 @@ def test_interrupted_twice(work: Work, cluster: str) -> None:
     assert "interrupted again; killing the ranks" in err
 
 
+def test_a_killed_launcher_takes_its_ranks_along(work: Work, cluster: str) -> None:
+    work.write(SAVES)
+    process = work.start(address=cluster, processes=2)
+    work.wait_for("ready0", "ready1", process=process)
+    ranks = [psutil.Process(int((work.folder / f"pid{rank}").read_text())) for rank in (0, 1)]
+    process.kill()
+    process.communicate()
+    assert not psutil.wait_procs(ranks, timeout=LIMIT_S)[1]
+    assert not (work.folder / "saved0").exists()
+
+
 @pytest.mark.parametrize("end", ["interrupted", "killed"])
 def test_nothing_stays_of_a_cluster_that_was_started_here(work: Work, end: str) -> None:
     """Ctrl-C reaches every process of the terminal's group, Ray's too; kill -9 only this one."""

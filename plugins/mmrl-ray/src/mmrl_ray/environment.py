@@ -61,7 +61,8 @@ def environments(
             environment[LOG_VARIABLE] = str(logs / f"rank{place.rank}.log")
         if resource in VISIBLE:
             mates = [h for p, h in zip(places, hosts, strict=True) if p.node.id == place.node.id]
-            environment[VISIBLE[resource]] = ",".join(device for mate in mates for device in mate.devices)
+            if all(mate.devices for mate in mates):  # else Ray only counts them, and the node's own variable holds
+                environment[VISIBLE[resource]] = ",".join(device for mate in mates for device in mate.devices)
         if several and host.interface is not None and GLOO_INTERFACE not in options.environment:
             # by the host's name gloo may find 127.0.1.1, which nobody else reaches
             environment[GLOO_INTERFACE] = host.interface

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -239,7 +240,11 @@ def show_here(stream: int, piece: bytes) -> None:
     """To this process's own stdout or stderr."""
     target = sys.stderr if stream == STDERR else sys.stdout
     target.flush()
-    descriptor = target.fileno()
+    try:
+        descriptor = target.fileno()
+    except io.UnsupportedOperation:  # a notebook's
+        target.write(piece.decode(errors="replace"))
+        return
     while piece:
         piece = piece[os.write(descriptor, piece) :]
 

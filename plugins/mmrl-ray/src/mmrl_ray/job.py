@@ -111,8 +111,7 @@ class Job:
             )
         port = group.reserve_port(hosts[0].address)
         logs = self._logs(len(hosts))
-        for path in logs.values():
-            path.parent.mkdir(parents=True, exist_ok=True)
+        (self.folder / "logs").mkdir(parents=True, exist_ok=True)
         made = environments(
             placement.places,
             hosts,
@@ -131,6 +130,7 @@ class Job:
                     environment=environment,
                     working_dir=str(self.working_dir),
                     log=str(logs[rank]) if rank in logs else None,
+                    mark=str(self.folder / "logs" / f".rank{rank}.failed"),
                     terminal=_terminal(),
                 )
                 for rank, environment in enumerate(made)

@@ -10,13 +10,11 @@ import contextlib
 import fcntl
 import os
 import pty
-import shutil
 import signal
 import socket
 import struct
 import subprocess
 import sys
-import tempfile
 import termios
 import threading
 import time
@@ -66,6 +64,8 @@ class Order:
     working_dir: str
     log: str | None
     """The file that takes what the process writes; None: the launcher shows it."""
+    mark: str
+    """The file in which the process leaves the moment of its failure."""
     terminal: tuple[int, int] | None
     """(lines, columns) of the launcher's terminal, if it has one."""
 
@@ -115,7 +115,7 @@ class RankProcess:
         self._readers: list[threading.Thread] = []
         self._ended: float | None = None
         self._port: socket.socket | None = None
-        self._scratch: str | None = None
+        self._mark: Path | None = None
         self._kills = _out_of_memory_kills()
 
     def host(self, resource: str) -> Host:
@@ -142,7 +142,8 @@ class RankProcess:
     def start(self, order: Order) -> int:
         """Start the rank; returns its pid."""
         assert self._process is None
-        self._scratch = tempfile.mkdtemp(prefix="mmrl-ray-")
+        self._mark = Path(order.mark)
+        self._mark.unlink(missing_ok=True)
         environment = {name: value for name, value in os.environ.items() if name not in _RAYS_OWN}
         environment |= order.environment
         environment |= {PARENT_VARIABLE: str(os.getpid()), MARK_VARIABLE: str(self._mark)}
@@ -206,17 +207,13 @@ class RankProcess:
                 os.killpg(self._process.pid, signal.SIGKILL)
             with self._output.changed:
                 self._output.changed.wait_for(lambda: self._ended is not None, timeout=_KILL_WAIT_S)
-        if self._scratch is not None:
-            shutil.rmtree(self._scratch, ignore_errors=True)
+        if self._mark is not None:
+            self._mark.unlink(missing_ok=True)
         if self._port is not None:
             self._port.close()
 
-    @property
-    def _mark(self) -> Path:
-        assert self._scratch is not None
-        return Path(self._scratch) / "failed"
-
     def _failure_moment(self, ended: float) -> float:
+        assert self._mark is not None
         text = self._mark.read_text() if self._mark.exists() else ""
         return float(text) if text else ended
 
