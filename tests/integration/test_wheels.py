@@ -25,7 +25,7 @@ PLUGINS = sorted(path.parent.name for path in ROOT.glob("plugins/*/pyproject.tom
 """Folders below plugins/, named as the distributions in them."""
 BUILD = "import sys; from setuptools.build_meta import build_wheel; build_wheel(sys.argv[1])"
 """What a build front-end calls, once its checks are done."""
-HEAVY = ("torch", "transformers", "megatron", "diffusers", "vllm")
+HEAVY = ("torch", "transformers", "megatron", "diffusers", "vllm", "ray")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +71,12 @@ USES = {
         overrides=("backend={name: verl-fsdp2, remove_padding: true}",),
         wrong="backend.remove_pading=true",
         said="remove_padding",
+    ),
+    "mmrl-ray": Use(
+        component="ray",
+        recipe="quickstart_ray.yaml",
+        wrong="launcher.max_restart=2",
+        said="max_restarts",
     ),
 }
 """Of every plugin; a new one adds its own."""

@@ -153,12 +153,14 @@ def test_every_command_exists(pages: Any, generator: Any, written: Path, plugins
                     assert set(extra.split(",")) <= extras, where
             elif words[:2] == ["hf", "download"]:
                 assert "--local-dir" in words, f"{where}: a recipe names the folder"
+            elif words[0] == "ray":
+                assert words[1] in ("start", "status", "get-auth-token", "debug"), where
             elif words[:2] == ["python", "-c"]:
                 compile(words[2], where, "exec")
             elif words[:2] == ["python", "-m"]:
                 assert words[2] in ("venv", "pytest", "build"), where
             else:
-                assert words[0] in ("cd", "mkdir", "cat", "curl", "git", "tensorboard", "."), where
+                assert words[0] in ("cd", "export", "mkdir", "cat", "curl", "git", "tensorboard", "."), where
     assert {"mmrl", "make", "pip", "torchrun"} <= seen
 
 

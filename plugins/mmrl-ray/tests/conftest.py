@@ -1,0 +1,45 @@
+"""One cluster for all tests of the plugin: two nodes, two CPUs each."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # the modules beside the tests, wherever the tests are run
+
+from ray_nodes import RayNode, wait_for_nodes
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _ray_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A token of these tests' own, and nothing of a cluster that may run here already."""
+    token = tmp_path_factory.mktemp("ray") / "token"
+    token.write_text("0123456789abcdef" * 4)
+    saved = dict(os.environ)
+    for name in [name for name in os.environ if name.startswith("RAY_")]:
+        del os.environ[name]
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0"}
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    yield
+    os.environ.clear()
+    os.environ |= saved
+
+
+@pytest.fixture(scope="session")
+def head(_ray_environment: None) -> Iterator[RayNode]:
+    node = RayNode(cpus=2, environment={"RAY_health_check_period_ms": "1000"})  # a dead node is known in 5 s
+    yield node
+    node.stop()
+
+
+@pytest.fixture(scope="session")
+def cluster(head: RayNode) -> Iterator[str]:
+    """The address of the cluster of two nodes."""
+    second = RayNode(cpus=2, join=head.address)
+    wait_for_nodes(head.address, 2)
+    yield head.address
+    second.stop()
