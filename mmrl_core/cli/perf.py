@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
+import traceback
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mmrl_core.cli.arguments import positive
+from mmrl_core.errors import MmrlError, PerfError
 from mmrl_core.perf.jobs import DEFAULT_TOKENS, SIZES
 from mmrl_core.perf.matrix import Matrix, discover
 from mmrl_core.plugins import load_plugins
 
+if TYPE_CHECKING:
+    from mmrl_core.perf.gate import Verdict
+
 DEFAULT_OUTPUT = Path("runs/perf/perf.json")
+DEFAULT_BASELINES = Path("perf/baselines")
+DEFAULT_ROUNDS = 3
+FIRED, TROUBLE = 1, 2
+"""Exit statuses of the gate beside 0."""
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -21,6 +32,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     below = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_run(below)
+    _add_compare(below)
+    _add_gate(below)
 
 
 def _add_run(below: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -35,13 +48,53 @@ def _add_run(below: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
         "--steps", type=positive, metavar="N", help="steps of a process that count (tiny 20, smollm2 5)"
     )
     parser.add_argument(
-        "--rounds", type=positive, default=3, metavar="N", help="processes of each combination (default 3)"
+        "--rounds", type=positive, default=DEFAULT_ROUNDS, metavar="N", help="processes of each combination (default 3)"
     )
     parser.add_argument(
         "--output", type=Path, default=DEFAULT_OUTPUT, metavar="FILE", help=f"JSON (default {DEFAULT_OUTPUT})"
     )
     parser.add_argument("--list", action="store_true", help="list the combinations and measure nothing")
     parser.set_defaults(func=run)
+
+
+def _add_compare(below: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = below.add_parser(
+        "compare",
+        help="two results of mmrl perf run, combination by combination",
+        description="Ratios of medians, B to A, with the band within which equal code differs. Results of different "
+        "machines are refused.",
+    )
+    parser.add_argument("first", type=Path, metavar="A.json", help="what is compared with")
+    parser.add_argument("second", type=Path, metavar="B.json", help="what is compared")
+    parser.add_argument(
+        "--across", action="store_true", help="of different machines: peak memory and shares of the step, no seconds"
+    )
+    parser.set_defaults(func=run_compare)
+
+
+def _add_gate(below: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = below.add_parser(
+        "gate",
+        help="fail when a phase of a combination got slower or larger",
+        description="Compare this checkout with baselines of this machine, or, where there are none, with another "
+        "commit: two processes, one of each, take turns step by step.",
+        epilog="Exit status: 0 silent, 1 fired (the combination and the phase are named), 2 could not be compared.",
+    )
+    _matrix_arguments(parser)
+    parser.add_argument(
+        "--base", metavar="COMMIT", help="compare with this commit, in turns, even where there are baselines"
+    )
+    parser.add_argument(
+        "--baselines",
+        type=Path,
+        default=DEFAULT_BASELINES,
+        metavar="FOLDER",
+        help=f"results of mmrl perf run (default {DEFAULT_BASELINES})",
+    )
+    parser.add_argument(
+        "--pairs", type=positive, metavar="N", help="in turns: least steps of each process (tiny 24, else 8)"
+    )
+    parser.set_defaults(func=run_gate)
 
 
 def _matrix_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,6 +134,56 @@ def run(arguments: argparse.Namespace) -> int:
     print(result_table(result))
     print(f"{arguments.output}: every step's numbers", flush=True)
     return 0 if result.measured else 2
+
+
+def run_compare(arguments: argparse.Namespace) -> int:
+    """0: the comparison is for people, it passes no judgement."""
+    from mmrl_core.perf.compare import comparison_table
+    from mmrl_core.perf.results import Result
+
+    print(comparison_table(Result.load(arguments.first), Result.load(arguments.second), across=arguments.across))
+    return 0
+
+
+def run_gate(arguments: argparse.Namespace) -> int:
+    """0 silent, 1 fired; 2 when nothing could be compared."""
+    try:
+        verdict = _gate(arguments)
+    except PerfError:
+        raise
+    except MmrlError as error:
+        raise PerfError(str(error)) from error
+    except Exception:  # noqa: BLE001 - a bug must not look like the status that says `fired`
+        traceback.print_exc()
+        return TROUBLE
+    from mmrl_core.perf.gate import verdict_table
+
+    print(verdict_table(verdict), flush=True)
+    if not verdict.findings:
+        return TROUBLE
+    return FIRED if verdict.fired else 0
+
+
+def _gate(arguments: argparse.Namespace) -> Verdict:
+    from mmrl_core.perf import gate
+    from mmrl_core.perf.measure import Effort
+    from mmrl_core.perf.side_by_side import Turns
+    from mmrl_core.perf.trees import commit_tree, default_base, working_tree
+
+    matrix, head = _matrix(arguments), working_tree()
+    if arguments.base is None:
+        baselines = gate.load_baselines(arguments.baselines)
+        known = {b.fingerprint.get("id") for b in baselines}
+        if baselines and gate.this_machine(matrix, head) in known:
+            effort = Effort.of(matrix.size, steps=None, rounds=DEFAULT_ROUNDS)
+            return gate.gate_baselines(matrix, head, effort, baselines, _say)
+        _say(f"no baseline of this machine in {arguments.baselines}; comparing commits in turns")
+    turns = Turns.of(matrix.size, arguments.pairs)
+    with (
+        tempfile.TemporaryDirectory(prefix="mmrl-perf-") as scratch,
+        commit_tree(arguments.base or default_base(), Path(scratch)) as base,
+    ):
+        return gate.gate_side_by_side(matrix, base, head, turns, _say)
 
 
 def _matrix(arguments: argparse.Namespace) -> Matrix:

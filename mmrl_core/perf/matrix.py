@@ -6,8 +6,8 @@ What goes with what is known by the components alone: the rest find out by start
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,10 @@ class Matrix:
     overrides: tuple[str, ...]
     combinations: tuple[Combination, ...]
     unavailable: tuple[Unavailable, ...]
+
+    def part(self, names: Collection[str]) -> Matrix:
+        """These combinations alone."""
+        return replace(self, combinations=tuple(c for c in self.combinations if c.name in names), unavailable=())
 
     def make_models(self, folder: Path) -> None:
         """Write or fetch the models before anything is timed."""

@@ -51,6 +51,11 @@ def working_tree() -> Tree:
     return Tree(name=commit, folder=machine.REPOSITORY, is_checkout=commit != NO_CHECKOUT)
 
 
+def default_base() -> str:
+    """The last commit when files differ from it, else the one before."""
+    return "HEAD" if machine.commit().endswith("+changes") else "HEAD~1"
+
+
 @contextmanager
 def commit_tree(revision: str, scratch: Path) -> Iterator[Tree]:
     """The checkout's commit `revision` in a `git worktree` below `scratch`, which is removed after the block.
