@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mmrl_core.perf.gate import Verdict
 
 DEFAULT_OUTPUT = Path("runs/perf/perf.json")
+DEFAULT_PAGE = Path("runs/perf/report.html")
 DEFAULT_BASELINES = Path("perf/baselines")
 DEFAULT_ROUNDS = 3
 FIRED, TROUBLE = 1, 2
@@ -34,6 +35,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     _add_run(below)
     _add_compare(below)
     _add_gate(below)
+    _add_report(below)
 
 
 def _add_run(below: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -97,6 +99,23 @@ def _add_gate(below: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     parser.set_defaults(func=run_gate)
 
 
+def _add_report(below: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = below.add_parser(
+        "report",
+        help="results as one HTML page",
+        description="Write one HTML page that needs no server and loads nothing: the newest result as a table and "
+        "charts, the others of the same machine as its history.",
+    )
+    parser.add_argument("results", nargs="+", type=Path, metavar="FILE", help="results of mmrl perf run")
+    parser.add_argument(
+        "--peers", nargs="*", type=Path, default=[], metavar="FILE", help="comparisons written by perf/peers"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=DEFAULT_PAGE, metavar="FILE", help=f"the page (default {DEFAULT_PAGE})"
+    )
+    parser.set_defaults(func=run_report)
+
+
 def _matrix_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of every recipe: launcher.processes=2")
     parser.add_argument("--size", choices=sorted(SIZES), default="tiny", help="of the models (default tiny)")
@@ -142,6 +161,21 @@ def run_compare(arguments: argparse.Namespace) -> int:
     from mmrl_core.perf.results import Result
 
     print(comparison_table(Result.load(arguments.first), Result.load(arguments.second), across=arguments.across))
+    return 0
+
+
+def run_report(arguments: argparse.Namespace) -> int:
+    """0 when the page was written."""
+    from mmrl_core.perf.report import Peer, report_page
+    from mmrl_core.perf.results import Result
+
+    page = report_page([Result.load(path) for path in arguments.results], [Peer.load(path) for path in arguments.peers])
+    try:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise PerfError(f"{arguments.output}: cannot be written: {error.strerror or error}") from error
+    print(arguments.output, flush=True)
     return 0
 
 
