@@ -68,6 +68,13 @@ class VerifyError(MmrlError):
     exit_code = 2
 
 
+class PerfError(MmrlError):
+    """Something cannot be measured, or measurements cannot be compared. Exit status 1 of `mmrl perf gate` means that
+    it fired."""
+
+    exit_code = 2
+
+
 class MediaError(MmrlError):
     """An image or a video cannot be read, written or shown, or the package that this needs is missing."""
 

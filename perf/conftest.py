@@ -12,10 +12,10 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # the modules beside this file, whatever pytest's import mode
 
-import machine
 from rig import built_run, text_recipe
 
 from mmrl_core.grpo.run import Run
+from mmrl_core.perf import machine
 from mmrl_core.testing.tiny import tiny_language_model
 
 SMOLLM2 = "mmrl:smollm2-135m-instruct"

@@ -18,6 +18,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "eval": ("mmrl_core.cli.evaluate", "score models on held-out prompts, and compare them"),
     "rollout": ("mmrl_core.cli.rollout", "generate, score and save samples without training"),
     "verify": ("mmrl_core.cli.verify", "show that two combinations compute the same, or where they first differ"),
+    "perf": ("mmrl_core.cli.perf", "measure combinations, compare measurements, gate changes"),
     "data": ("mmrl_core.cli.data", "prepare and inspect prompts"),
     "serve-reward": ("mmrl_core.cli.serve_reward", "run a reward as a service that recipes use through `remote`"),
     "export": ("mmrl_core.cli.export", "turn a checkpoint into an ordinary Hugging Face folder"),

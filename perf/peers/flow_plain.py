@@ -22,7 +22,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import machine
 import torch
 from flow_rig import GROUP, PROMPTS, STEPS, dit_folder, flow_recipe
 from peers.pairs import Spread, summary
@@ -33,6 +32,7 @@ from mmrl_core.grpo.distribute import Layouts
 from mmrl_core.grpo.run import Run
 from mmrl_core.grpo.step_metrics import step_metrics
 from mmrl_core.grpo.trainer import train_step
+from mmrl_core.perf import machine
 from mmrl_core.policies.flow.dit import ClassConditionalDiT
 
 BAR = 1.05

@@ -7,7 +7,6 @@ import json
 import time
 from pathlib import Path
 
-import machine
 import torch
 from peers.channel import PeerSide
 from rig import built_run, text_recipe
@@ -15,6 +14,7 @@ from rig import built_run, text_recipe
 from mmrl_core.grpo.distribute import Layouts
 from mmrl_core.grpo.step_metrics import step_metrics
 from mmrl_core.grpo.trainer import train_step
+from mmrl_core.perf import machine
 
 
 def main() -> None:

@@ -23,10 +23,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import machine
 from peers.channel import DriverSide, PeerError
 from peers.pairs import Spread, summary
 from peers.questions import write_questions
+
+from mmrl_core.perf import machine
 
 PERF = Path(__file__).resolve().parent.parent
 REQUIREMENTS = PERF / "peers" / "requirements-trl.txt"

@@ -1,0 +1,1 @@
+"""Measuring the training loop: the matrix of combinations, comparisons, and the gate."""
