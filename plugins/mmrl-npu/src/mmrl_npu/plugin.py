@@ -1,0 +1,20 @@
+"""What this distribution declares to mmrl. Imported whenever plugins are listed, so it imports nothing heavy."""
+
+from __future__ import annotations
+
+from mmrl_core import Component, hookimpl
+
+mmrl_api = 1
+
+
+@hookimpl
+def mmrl_device_ops() -> list[Component]:
+    """The device, as dotted strings that are imported only when a recipe names it."""
+    return [
+        Component(
+            name="npu",
+            summary="Huawei Ascend NPUs (torch_npu, HCCL)",
+            target="mmrl_npu.device:NpuDevice",
+            probe="mmrl_npu.probe:npu",
+        )
+    ]
