@@ -127,9 +127,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return dict(load_file(file))
 
 
-def difference(
-    ours: dict[str, torch.Tensor], other: dict[str, torch.Tensor], start: dict[str, torch.Tensor]
-) -> float:
+def difference(ours: dict[str, torch.Tensor], other: dict[str, torch.Tensor], start: dict[str, torch.Tensor]) -> float:
     """How far two updates of the same start are apart, relative to the second: L2 over all weights."""
     apart = sum(float((ours[n] - other[n]).double().square().sum()) for n in other)
     moved = sum(float((other[n] - start[n]).double().square().sum()) for n in other)

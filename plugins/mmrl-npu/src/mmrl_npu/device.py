@@ -13,14 +13,12 @@ from torch import Tensor
 from mmrl_core.contracts import DeviceOps, MemoryStats
 from mmrl_core.errors import DeviceError
 from mmrl_npu import chips, probe
+from mmrl_npu.environment import DETERMINISTIC
 from mmrl_npu.machine import here
 
 _COLLECTIVES = "HCCL_DETERMINISTIC"
 _REPRODUCIBLE = ("true", "strict")
 """The values under which CANN documents reproducible reductions."""
-_DETERMINISTIC = {_COLLECTIVES: "true", "LCCL_DETERMINISTIC": "1", "CLOSE_MATMUL_K_SHIFT": "1"}
-"""What MindSpeed sets for its `use_deter_comp`: reductions of HCCL and LCCL, and matrix products that do not shift
-their order of summation from core to core."""
 
 
 class NpuDevice(DeviceOps):
@@ -40,7 +38,9 @@ class NpuDevice(DeviceOps):
         except (ImportError, OSError, RuntimeError) as error:  # a library of CANN is missing; another accelerator
             found = probe.examine(here())
             cure = found.cure if not found.available else "see what mmrl doctor says"
-            raise DeviceError(f"device npu: torch_npu cannot be imported: {error}. {found.reason}. Cure: {cure}") from error
+            raise DeviceError(
+                f"device npu: torch_npu cannot be imported: {error}. {found.reason}. Cure: {cure}"
+            ) from error
         return torch.npu  # type: ignore[attr-defined]
 
     def activate(self, local_rank: int) -> torch.device:
@@ -122,8 +122,8 @@ class NpuDevice(DeviceOps):
                     f"device npu: {_COLLECTIVES}={given} is not reproducible; unset it or set it to one of "
                     f"{', '.join(_REPRODUCIBLE)}"
                 )
-            ours = [name for name in _DETERMINISTIC if name not in os.environ]
-            os.environ.update({name: _DETERMINISTIC[name] for name in ours})
+            ours = [name for name in DETERMINISTIC if name not in os.environ]
+            os.environ.update({name: DETERMINISTIC[name] for name in ours})
             self._set_by_us += ours
         else:
             for name in self._set_by_us:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from mmrl_core import Component, hookimpl
+from mmrl_core import Component, Diagnosis, hookimpl
+from mmrl_npu import diagnoses
 
 mmrl_api = 1
 
@@ -16,5 +17,12 @@ def mmrl_device_ops() -> list[Component]:
             summary="Huawei Ascend NPUs (torch_npu, HCCL)",
             target="mmrl_npu.device:NpuDevice",
             probe="mmrl_npu.probe:npu",
+            environment="mmrl_npu.environment:recommend",
         )
     ]
+
+
+@hookimpl
+def mmrl_diagnoses() -> list[Diagnosis]:
+    """What to look at on an Ascend machine; elsewhere nothing."""
+    return diagnoses.declared()

@@ -32,10 +32,10 @@ def examine(machine: Machine) -> Probe:
             cure=f"on an Ascend machine: its driver, CANN and pip install 'mmrl-npu[ascend]', as {PAGE} says",
         )
     if not machine.npus():
-        return Probe(available=False, reason="no NPU device node (/dev/davinci0)", cure=_pass_devices())
+        return Probe(available=False, reason="no NPU device node (/dev/davinci0)", cure=pass_devices())
     lacking = [node for node in MANAGEMENT_NODES if not machine.path(node).exists()]
     if lacking:
-        return Probe(available=False, reason=f"no device node {lacking[0]}", cure=_pass_devices())
+        return Probe(available=False, reason=f"no device node {lacking[0]}", cure=pass_devices())
     visible = machine.environment.get(VISIBLE)
     if visible is not None and not visible.strip():
         return Probe(available=False, reason=f"{VISIBLE}={visible!r} hides every NPU", cure=f"unset {VISIBLE}")
@@ -56,6 +56,7 @@ def examine(machine: Machine) -> Probe:
     return Probe(available=True, reason=f"{len(machine.npus())} NPU(s), {software}")
 
 
-def _pass_devices() -> str:
+def pass_devices() -> str:
+    """The cure of missing device nodes."""
     given = " ".join(f"--device={node}" for node in ("/dev/davinci0", *MANAGEMENT_NODES))
     return f"install the NPU driver; in a container, pass the devices: docker run {given} ({PAGE})"

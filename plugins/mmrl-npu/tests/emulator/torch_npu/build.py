@@ -30,7 +30,10 @@ def missing() -> str | None:
 
 def compiler() -> str | None:
     """The C++ compiler."""
-    return next((found for name in (os.environ.get("CXX"), "c++", "g++", "clang++") if name and (found := shutil.which(name))), None)
+    return next(
+        (found for name in (os.environ.get("CXX"), "c++", "g++", "clang++") if name and (found := shutil.which(name))),
+        None,
+    )
 
 
 def library() -> Path:
