@@ -114,10 +114,10 @@ def npu_fusion_attention(
         assert atten_mask is not None
         assert atten_mask.shape == (2048, 2048)
         assert bool((atten_mask == torch.triu(torch.ones_like(atten_mask), 1)).all())
-        left_out = torch.arange(columns)[None, :] > torch.arange(rows)[:, None]
+        left_out = torch.ones(rows, columns, dtype=torch.bool, device=query.device).triu(1)
     else:
         assert sparse_mode == 0
-        left_out = torch.zeros(rows, columns, dtype=torch.bool)
+        left_out = torch.zeros(rows, columns, dtype=torch.bool, device=query.device)
         if atten_mask is not None:
             assert atten_mask.dtype in (torch.bool, torch.uint8)
             assert atten_mask.is_contiguous()
@@ -141,11 +141,16 @@ def npu_fusion_attention(
 OPERATORS = (npu_rms_norm, npu_swiglu, npu_gelu, npu_rotary_mul, npu_fusion_attention)
 
 
+def put_into(module: types.ModuleType) -> None:
+    """Give `module` these operators, under their names."""
+    for operator in OPERATORS:
+        setattr(module, operator.__name__, operator)
+
+
 def install(monkeypatch: pytest.MonkeyPatch) -> collections.Counter[str]:
     """Make `import torch_npu` find these operators, and tensors on the CPU count as on an NPU. Returns CALLS, empty."""
     module = types.ModuleType("torch_npu")
-    for operator in OPERATORS:
-        setattr(module, operator.__name__, operator)
+    put_into(module)
     monkeypatch.setitem(sys.modules, "torch_npu", module)
     monkeypatch.setattr("mmrl_npu.patches.placement.DEVICE", "cpu")
     CALLS.clear()

@@ -6,10 +6,12 @@ import collections
 import copy
 import importlib.metadata
 import sys
+from pathlib import Path
 
 import npu_reference_ops
 import pytest
 import torch
+from mmrl_npu.device import NpuDevice
 from mmrl_npu.options import NpuOptions
 from mmrl_npu.patches import DEFAULT, NAMES, PATCHES, apply_chosen
 from mmrl_npu.patches.choice import chosen
@@ -18,8 +20,13 @@ from npu_tiny_networks import FAMILIES, Family, output
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from mmrl_core.errors import RecipeError
+from mmrl_core.launch.components import create_device
 from mmrl_core.patches import Applied, apply
+from mmrl_core.plugins import resolve
+from mmrl_core.recipe import load_recipe
 from mmrl_core.testing.patches import PatchConformance
+from mmrl_core.testing.tiny import tiny_language_model, tiny_recipe, write_recipe_file
 
 TOLERANCE = 1e-5
 OPERATOR = {
@@ -290,6 +297,22 @@ def test_a_patch_that_does_not_exist_is_an_error_that_names_the_nearest() -> Non
     """It is found when the recipe is read."""
     with pytest.raises(ValidationError, match=r"'transformers-swiglo'\. Did you mean 'transformers-swiglu'"):
         NpuOptions.model_validate({"patches": {"transformers-swiglo": False}})
+
+
+def test_options_of_the_device_reach_it(tmp_path: Path) -> None:
+    """From the recipe; and what it cannot mean is an error with its line."""
+    model = tiny_language_model(tmp_path / "model")
+    recipe = {**tiny_recipe(model, tmp_path / "run"), "device": {"name": "npu", "patches": {"diffusers-gelu": True}}}
+    path = write_recipe_file(tmp_path / "recipe.yaml", recipe)
+    device = create_device(resolve(*load_recipe(path)))
+    assert isinstance(device, NpuDevice)
+    assert device.options.patches == {"diffusers-gelu": True}
+    assert device.fused_ops() == frozenset()
+    path = write_recipe_file(tmp_path / "recipe.yaml", {**recipe, "device": {"name": "npu", "fused_adamw": True}})
+    assert create_device(resolve(*load_recipe(path))).fused_ops() == {"adamw"}
+    path = write_recipe_file(tmp_path / "recipe.yaml", {**recipe, "device": {"name": "npu", "patches": {"gelu": True}}})
+    with pytest.raises(RecipeError, match=r"recipe.yaml:\d+.*there is no patch 'gelu'"):
+        resolve(*load_recipe(path))
 
 
 def test_an_unknown_torch_npu_gets_no_patches(

@@ -2,10 +2,32 @@
 
 from __future__ import annotations
 
-from mmrl_core import Patch, hookimpl
+from mmrl_core import Component, Diagnosis, Patch, hookimpl
+from mmrl_npu import diagnoses
 from mmrl_npu.patches import PATCHES
 
 mmrl_api = 1
+
+
+@hookimpl
+def mmrl_device_ops() -> list[Component]:
+    """The device, as dotted strings that are imported only when a recipe names it."""
+    return [
+        Component(
+            name="npu",
+            summary="Huawei Ascend NPUs (torch_npu, HCCL)",
+            target="mmrl_npu.device:NpuDevice",
+            options="mmrl_npu.options:NpuOptions",
+            probe="mmrl_npu.probe:npu",
+            environment="mmrl_npu.environment:recommend",
+        )
+    ]
+
+
+@hookimpl
+def mmrl_diagnoses() -> list[Diagnosis]:
+    """What to look at on an Ascend machine; elsewhere nothing."""
+    return diagnoses.declared()
 
 
 @hookimpl
