@@ -63,7 +63,13 @@ def pages() -> dict[str, str]:
 def hooks_page() -> str:
     """Every hook, and what declaring hooks return."""
     text = f"# Hooks\n\n{prose(hookspecs.__doc__)}\n\nThe plugin API's version is **{hookspecs.API_VERSION}**.\n"
-    for cls in (hookspecs.Component, hookspecs.Probe, hookspecs.Patch, hookspecs.Diagnosis):
+    for cls in (
+        hookspecs.Component,
+        hookspecs.EnvironmentVariable,
+        hookspecs.Probe,
+        hookspecs.Patch,
+        hookspecs.Diagnosis,
+    ):
         text += class_section(cls)
     for title, holder in (
         ("Declaring hooks", hookspecs.DeclaringHooks),

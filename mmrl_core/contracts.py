@@ -291,7 +291,8 @@ class MemoryStats:
 
 
 class DeviceOps(ABC):
-    """Everything that differs between kinds of device. Constructed without arguments; `activate` binds this rank."""
+    """Everything that differs between kinds of device. Constructed without arguments; where its component declares an
+    options model, with the recipe's options, or without arguments for their defaults. `activate` binds this rank."""
 
     name: ClassVar[str]
     """The component's word; also the type of its torch device."""

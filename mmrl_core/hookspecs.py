@@ -63,6 +63,23 @@ class Component:
     """A function `() -> Probe` that says whether the component can run here, cheaply and without heavy imports."""
     sampling: str | None = None
     """Policies only: a pydantic model of the recipe's `sampling` section. Its module must import no torch."""
+    environment: str | None = None
+    """Devices only: a function `(recipe, *, ranks, nodes) -> Sequence[EnvironmentVariable]` that says what a run of
+    `recipe` should find in its environment, with `ranks` on each of `nodes` machines. Its module must import no torch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnvironmentVariable:
+    """A variable that a device's vendor recommends for a run. `mmrl env` prints them."""
+
+    name: str
+    """The variable's name."""
+    value: str
+    """What it should be."""
+    reason: str
+    """What it is good for, in one line."""
+    extends: bool = False
+    """The variable is a list with colons, such as LD_PRELOAD: `value` is added to what it holds already."""
 
 
 @dataclass(frozen=True, kw_only=True)

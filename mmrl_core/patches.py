@@ -22,6 +22,10 @@ from packaging.specifiers import SpecifierSet
 from mmrl_core.errors import PatchError
 from mmrl_core.hookspecs import Patch
 
+UNDO = "mmrl_undo"
+"""Attribute of a replacement: a function without arguments that takes back what the replacement did to objects it met
+(instances whose class it changed, say). Called before the originals are put back."""
+
 _MISSING = object()
 
 
@@ -147,6 +151,10 @@ def _release(patch: Patch) -> None:
                 f"patch {patch.name}: {change.target} was replaced again after the patch was applied, by {current!r}. "
                 "Take that change back first"
             )
+    for change in reversed(state.replaced):
+        undo = getattr(change.replacement, UNDO, None)
+        if undo is not None:
+            undo()
     _restore(state.replaced)
     del _in_force[patch]
 

@@ -101,7 +101,9 @@ def _references(item: Component | Patch | Diagnosis) -> Iterator[str]:
     elif isinstance(item, Diagnosis):
         yield item.probe
     else:
-        yield from (d for d in (item.target, item.options, item.probe, item.sampling) if d is not None)
+        yield from (
+            d for d in (item.target, item.options, item.probe, item.sampling, item.environment) if d is not None
+        )
 
 
 def _check_versions(patch: Patch, where: str) -> None:

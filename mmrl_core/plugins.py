@@ -256,11 +256,11 @@ class Selected:
     options: Any
 
     def create(self, *arguments: Any) -> Any:
-        """Import the target and construct it: a device without arguments, anything else with its options (and
-        `arguments` after them). A function decorated with `@reward` becomes a Reward."""
+        """Import the target and construct it: a device with its options if it has any, anything else with its options
+        (and `arguments` after them). A function decorated with `@reward` becomes a Reward."""
         target = self.found.load()
         if self.found.kind == "device":
-            return target()
+            return target() if self.options is None else target(self.options)
         if isinstance(target, RewardFunction):
             return target.create(self.options)
         return target(self.options, *arguments)

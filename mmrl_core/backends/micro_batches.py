@@ -89,8 +89,8 @@ class LossSums:
     def reduce(self, world: World, *, contributes: bool = True) -> dict[str, float]:
         """Totals over replicas, the same on every rank. `contributes`: on one rank of each replica. Collective."""
         names, peaks = sorted(self.sums), sorted(self.maxima)
-        totals = torch.stack([self.sums[n] for n in names]).double().cpu()
-        highest = torch.stack([self.maxima[n] for n in peaks]).double().cpu() if peaks else torch.zeros(0).double()
+        totals = torch.stack([self.sums[n] for n in names]).cpu().double()
+        highest = torch.stack([self.maxima[n] for n in peaks]).cpu().double() if peaks else torch.zeros(0).double()
         if not contributes:
             totals, highest = torch.zeros_like(totals), torch.full_like(highest, -torch.inf)
         world.sum(totals)

@@ -16,6 +16,7 @@ import psutil
 
 from mmrl_core.cli.plugins import Row, rows
 from mmrl_core.devices.cores import usable_cores
+from mmrl_core.devices.torch_build import torch_build
 from mmrl_core.errors import RecipeError
 from mmrl_core.hookspecs import API_VERSION
 from mmrl_core.patches import Verdict, verdict
@@ -96,7 +97,7 @@ def _software() -> dict[str, Any]:
     software: dict[str, Any] = {
         "python": f"{platform.python_version()} ({sys.executable})",
         "mmrl-core": f"{importlib.metadata.version('mmrl-core')} (plugin API {API_VERSION})",
-        "torch": _torch(),
+        "torch": torch_build(),
     }
     for name in _LIBRARIES:
         try:
@@ -104,21 +105,6 @@ def _software() -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             software[name] = "not installed"
     return software
-
-
-def _torch() -> str:
-    try:
-        import torch
-    except (ImportError, OSError) as error:  # OSError: a shared library of the build is missing
-        return f"cannot be imported: {error}"
-    build = (
-        f"CUDA {torch.version.cuda}"
-        if torch.version.cuda
-        else f"HIP {torch.version.hip}"
-        if torch.version.hip
-        else "CPU"
-    )
-    return f"{torch.__version__} ({build} build, {torch.get_num_threads()} threads)"
 
 
 def _diagnoses(plugins: Plugins) -> list[dict[str, Any]]:

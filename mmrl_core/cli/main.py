@@ -26,6 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "model": ("mmrl_core.cli.model", "fetch a model that comes as a package"),
     "plugins": ("mmrl_core.cli.plugins", "list installed components: available or why not"),
     "doctor": ("mmrl_core.cli.doctor", "say what is missing, for which component, and the command that cures it"),
+    "env": ("mmrl_core.cli.env", "print the environment that a device wants for a recipe"),
     "recipe": ("mmrl_core.cli.recipe", "check, show and describe recipes"),
 }
 """Subcommand -> (module with `add_parser(subparsers)`, one line for `mmrl --help`). `add_parser` sets the default

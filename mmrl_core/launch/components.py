@@ -24,7 +24,7 @@ from mmrl_core.world import World
 
 def create_device(selection: Selection) -> DeviceOps:
     """The recipe's device, not yet activated."""
-    device: DeviceOps = selection.device.found.load()()
+    device: DeviceOps = selection.device.create()
     return device
 
 

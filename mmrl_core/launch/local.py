@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
 import tempfile
@@ -11,6 +12,7 @@ from pathlib import Path
 from mmrl_core.contracts import TRAINING, DeviceOps, Launcher
 from mmrl_core.devices.cores import usable_cores
 from mmrl_core.errors import DeviceError, PreflightError
+from mmrl_core.launch.device_environment import additions, recommended
 from mmrl_core.launch.failure import MARK_VARIABLE
 from mmrl_core.launch.options import LocalOptions
 from mmrl_core.launch.parent import PARENT_VARIABLE
@@ -18,6 +20,8 @@ from mmrl_core.launch.rank import LOG_VARIABLE
 from mmrl_core.launch.runfolder import write_recipe
 from mmrl_core.plugins import load_plugins
 from mmrl_core.recipe import Recipe
+
+log = logging.getLogger("mmrl.launch")
 
 _THREADS = "OMP_NUM_THREADS"
 
@@ -37,7 +41,8 @@ class LocalLauncher(Launcher):
         """
         path = write_recipe(recipe)
         count = self._process_count(recipe)
-        if count == 1:
+        wanted = self._wanted_by_the_device(recipe, count)
+        if count == 1 and not wanted:
             return self._run_here(path, worker)
         if "RANK" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
             raise PreflightError(
@@ -49,7 +54,7 @@ class LocalLauncher(Launcher):
         logs = recipe.directory / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="mmrl-") as folder:
-            environments = [self._environment(rank, count, Path(folder)) for rank in range(count)]
+            environments = [{**wanted, **self._environment(rank, count, Path(folder))} for rank in range(count)]
             log_files: dict[int, Path] = {rank: (logs / f"rank{rank}.log").resolve() for rank in range(1, count)}
             for rank, log in log_files.items():
                 environments[rank][LOG_VARIABLE] = str(log)
@@ -69,6 +74,16 @@ class LocalLauncher(Launcher):
                 "number, or see what mmrl doctor says"
             )
         return count
+
+    def _wanted_by_the_device(self, recipe: Recipe, count: int) -> dict[str, str]:
+        """Variables to start ranks with: some libraries read them when a process starts, and never again."""
+        if self._options.environment == "inherit":
+            return {}
+        device = load_plugins().get("device", recipe.device.name)
+        added = additions(recommended(device, recipe, ranks=count), os.environ)
+        for name, value in added.items():
+            log.info("%s=%s, as device %s recommends", name, value, device.name)
+        return added
 
     def _run_here(self, path: Path, worker: str) -> int:
         if self._options.threads_per_process is not None:

@@ -16,6 +16,9 @@ class LocalOptions(Spec):
     threads_per_process: Positive | None = None
     """Computing threads of a rank. By default PyTorch's own choice for one rank; for several, the cores divided by
     the ranks. The environment variable OMP_NUM_THREADS, when set, comes before that default."""
+    environment: Literal["inherit", "device"] = "inherit"
+    """`device`: ranks get the variables that the device recommends for the recipe (`mmrl env` prints them), where they
+    are not set already. `inherit`: the environment is left alone."""
 
 
 class TorchrunOptions(Spec):

@@ -93,7 +93,7 @@ def check_minibatch(rollouts: Rollouts, seed: int = 0) -> Minibatch:
 
 def gradient(backend: TrainingBackend, minibatch: Minibatch) -> dict[str, Tensor]:
     """By Hugging Face name."""
-    return {n: g.clone() for bucket in backend.gradients(minibatch, RatioLoss()) for n, g in bucket}
+    return {n: g.cpu().clone() for bucket in backend.gradients(minibatch, RatioLoss()) for n, g in bucket}
 
 
 def relative(ours: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:

@@ -236,3 +236,25 @@ def test_wrong_declaration_breaks_the_plugin_with_a_reason(site: Any, old: str, 
     (row,) = [r for r in json.loads(done.stdout) if r["distribution"] == "patchwork"]
     assert row["status"] == "broken"
     assert said in row["reason"]
+
+
+def test_a_replacement_takes_back_what_it_did_to_objects(library: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its `mmrl_undo` is called once, by the last handle, while the replacement still stands."""
+    standing: list[Any] = []
+
+    def tracking(original: Callable[..., Any]) -> Callable[..., Any]:
+        def replacement(x: int) -> Any:
+            return original(x)
+
+        replacement.mmrl_undo = lambda: standing.append(library.area)  # type: ignore[attr-defined]
+        return replacement
+
+    monkeypatch.setattr(sys.modules["toy_factories"], "tracking", tracking, raising=False)
+    first = apply([patch("toy_library:area", replacement="tracking")], device="cpu")
+    second = apply([patch("toy_library:area", replacement="tracking")], device="cpu")
+    during = library.area
+    second.revert()
+    assert standing == []
+    first.revert()
+    assert standing == [during]
+    assert library.area is not during
