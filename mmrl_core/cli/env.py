@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import argparse
 
-from mmrl_core.launch.device_environment import as_json, as_shell, recommended
 from mmrl_core.errors import RecipeError
+from mmrl_core.launch.device_environment import as_json, as_shell, recommended
 from mmrl_core.plugins import automatic_word, load_plugins, resolve
 from mmrl_core.recipe import load_recipe
 
