@@ -29,9 +29,9 @@ from mmrl_vllm.starting import process_kept, sleep_is_possible, start, stop
 from mmrl_vllm.tokens import responses, sampling_params
 from mmrl_vllm.weights import CheckedStream, Names, names_of, release_packed
 
-TOLERANCE = {"float32": 5e-5, "bfloat16": 0.5, "float16": 0.1}
-"""Largest log-prob difference between vLLM and replay, by dtype. Measured with 135M parameters on a CPU: 2.4e-5 in
-fp32; 0.41 in bf16, where two sets of kernels round differently in every layer."""
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.5, "float16": 0.1}
+"""Largest log-prob difference between vLLM and replay, by dtype. Measured with 30 layers and 135M parameters on a CPU:
+5.7e-5 in fp32; 0.41 in bf16, where two sets of kernels round differently in every layer. fp16 is not measured."""
 CPU_KV_CACHE_MB = 1024
 
 
