@@ -1,4 +1,4 @@
-"""One cluster for all tests of the plugin: two nodes, two CPUs each."""
+"""One cluster for the tests of a file: two nodes, two CPUs each."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ sys.path.insert(0, str(Path(__file__).parent))  # the modules beside the tests, 
 from ray_nodes import RayNode, wait_for_nodes
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _ray_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A token of these tests' own, and nothing of a cluster that may run here already."""
+    """A token of these tests' own, and nothing of a cluster that may run here already; later files get theirs back."""
     token = tmp_path_factory.mktemp("ray") / "token"
     token.write_text("0123456789abcdef" * 4)
     saved = dict(os.environ)
@@ -29,14 +29,14 @@ def _ray_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
     os.environ |= saved
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def head(_ray_environment: None) -> Iterator[RayNode]:
     node = RayNode(cpus=2, environment={"RAY_health_check_period_ms": "1000"})  # a dead node is known in 5 s
     yield node
     node.stop()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def cluster(head: RayNode) -> Iterator[str]:
     """The address of the cluster of two nodes."""
     second = RayNode(cpus=2, join=head.address)

@@ -23,7 +23,7 @@ from mmrl_core.metrics.names import reproducible
 from mmrl_core.testing.tiny import tiny_language_model, tiny_recipe, write_recipe_file
 
 HERE = Path(__file__).parent
-LIMIT_S = 300.0
+LIMIT_S = 540.0
 DRIVER = """
 import sys
 from mmrl_core.errors import MmrlError

@@ -7,15 +7,19 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, ClassVar
 
 import psutil
 import pytest
 from kill_moments import alive, model_in, numbers, ranks_of, recipe, run_with_kills, start, weights
 from ray_nodes import RayNode, ours, wait_for_nodes
 
+from mmrl_core.testing.launchers import LauncherConformance
+
 STEPS = 12
-LIMIT_S = 300
+LIMIT_S = 540
 
 
 @pytest.fixture(scope="module")
@@ -107,3 +111,13 @@ def test_a_lost_node_is_replaced_by_what_is_left(place: Path, calm: Path, head: 
     finally:
         extra.stop()
         doomed.stop()
+
+
+class TestRay(LauncherConformance):
+    component = "ray"
+    options: ClassVar[Mapping[str, Any]] = {"processes": 2}
+
+    @pytest.fixture(autouse=True)
+    def _on_the_cluster(self, cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("RAY_ADDRESS", cluster)
+        monkeypatch.delenv("RAY_AUTH_MODE")  # the token is found all the same
