@@ -65,7 +65,8 @@ class Component:
     """Policies only: a pydantic model of the recipe's `sampling` section. Its module must import no torch."""
     environment: str | None = None
     """Devices only: a function `(recipe, *, ranks, nodes) -> Sequence[EnvironmentVariable]` that says what a run of
-    `recipe` should find in its environment, with `ranks` on each of `nodes` machines. Its module must import no torch."""
+    `recipe` should find in its environment, with `ranks` on each of `nodes` machines. Its module must import no
+    torch."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""The environment that a device recommends for a run: asked of its plugin, merged with what is set. Imports no torch."""
+"""What a device recommends for a run: asked of its plugin, merged with what is set. Imports no torch."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ PLUGINS = sorted(path.parent.name for path in ROOT.glob("plugins/*/pyproject.tom
 """Folders below plugins/, named as the distributions in them."""
 BUILD = "import sys; from setuptools.build_meta import build_wheel; build_wheel(sys.argv[1])"
 """What a build front-end calls, once its checks are done."""
-HEAVY = ("torch", "transformers", "megatron", "diffusers")
+HEAVY = ("torch", "torch_npu", "transformers", "megatron", "diffusers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +58,13 @@ USES = {
         overrides=("backend={name: megatron, tensor_parallel: 2}",),
         wrong="backend.tensor_paralel=2",
         said="tensor_parallel",
+    ),
+    "mmrl-npu": Use(
+        component="npu",
+        recipe="quickstart.yaml",
+        overrides=("device=npu", "launcher.environment=device"),
+        wrong="device=np",
+        said="no device called 'np'",
     ),
 }
 """Of every plugin; a new one adds its own."""

@@ -1,8 +1,8 @@
 """Peak rates of Ascend chips, from the description that CANN itself installs for each of them. Imports no torch.
 
-CANN's toolkit holds one `data/platform_config/NAME.ini` a chip, NAME as the driver reports it (`Ascend910B3`): the number
-of matrix cores, the size of the block that one multiplies each cycle, and the clock. Huawei prints no data sheet by chip
-name, so a table here would be hearsay; a chip without such a file is unknown, and so is its memory bandwidth.
+CANN's toolkit holds one `data/platform_config/NAME.ini` a chip, NAME as the driver reports it (`Ascend910B3`): the
+number of matrix cores, the size of the block that one multiplies each cycle, and the clock. No data sheet by chip name
+was found to copy a table from; a chip without such a file is unknown, and so is every chip's memory bandwidth.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ _FOLDERS = ("*-linux/data/platform_config", "compiler/data/platform_config", "da
 def peak_flops(toolkit: Path, chip: str, dtype: str) -> float | None:
     """Dense matrix FLOP/s of `chip` in `dtype` (`float16`, `bfloat16`), or None when CANN's file does not say.
 
-    2 * M * N * K * cores * clock, the block M x N x K multiplied in one cycle. float32 is None: whether its products run
-    on the matrix cores depends on the operator's precision mode.
+    2 * M * N * K * cores * clock, the block M x N x K multiplied in one cycle. float32 is None: whether its products
+    run on the matrix cores depends on the operator's precision mode.
     """
     if dtype not in ("float16", "bfloat16") or not re.fullmatch(r"[\w-]+", chip):
         return None

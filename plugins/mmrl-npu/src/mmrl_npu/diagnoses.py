@@ -81,7 +81,8 @@ def driver(machine: Machine | None = None) -> Probe:
         cure = f"install the NPU driver on the host; in a container: docker run -v {folder}:{folder}"
         return Probe(available=False, reason=f"no driver files ({folder}/version.info)", cure=cure)
     if machine.command("npu-smi") is None:
-        cure = "in a container: docker run -v /usr/local/bin/npu-smi:/usr/local/bin/npu-smi -v /usr/local/dcmi:/usr/local/dcmi"
+        files = ("/usr/local/bin/npu-smi", "/usr/local/dcmi")
+        cure = "in a container: docker run " + " ".join(f"-v {file}:{file}" for file in files)
         return Probe(available=False, reason=f"driver {version}, but no npu-smi", cure=cure)
     return Probe(available=True, reason=f"driver {version}")
 

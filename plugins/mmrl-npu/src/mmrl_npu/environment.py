@@ -1,9 +1,9 @@
 """What a run on NPUs should find in its environment. Imports no torch.
 
-The values are those of the start scripts of MindSpeed-RL, MindSpeed-MM and verl for Ascend, with their meaning checked in
-the references of environment variables of CANN and of the Ascend Extension for PyTorch (www.hiascend.com/document), and
-without what those scripts get wrong or set to a default. Variables that only a person can choose, such as the network
-interface of HCCL_SOCKET_IFNAME, are not here.
+The values are those of the start scripts of MindSpeed-RL, MindSpeed-MM and verl for Ascend, with their meaning checked
+in the references of environment variables of CANN and of the Ascend Extension for PyTorch
+(www.hiascend.com/document), and without what those scripts get wrong or set to a default. Variables that only a person
+can choose, such as the network interface of HCCL_SOCKET_IFNAME, are not here.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from mmrl_npu import jemalloc
 from mmrl_npu.machine import Machine, here
 
 DETERMINISTIC = {"HCCL_DETERMINISTIC": "true", "LCCL_DETERMINISTIC": "1", "CLOSE_MATMUL_K_SHIFT": "1"}
-"""What MindSpeed sets for its `use_deter_comp`: reductions of HCCL and LCCL, and matrix products that do not shift their
-order of summation from core to core."""
+"""What MindSpeed-RL sets for deterministic runs, its `use_deter_comp`: reductions of HCCL and LCCL, and matrix products
+that do not shift their order of summation from core to core."""
 CONNECT_S = 1200
 """Seconds; CANN takes 120 (its default) to 7200. Ranks that load large models reach their first collective minutes
 apart."""

@@ -49,10 +49,10 @@ def examine(machine: Machine) -> Probe:
         script = machine.toolkit_script()
         cure = f"source {script or 'set_env.sh of the CANN toolkit'}"
         return Probe(available=False, reason=f"ASCEND_HOME_PATH names {home}, which does not exist", cure=cure)
-    for match in (torch_match(machine), cann_match(machine)):
-        if not match.fits:
-            return Probe(available=False, reason=match.found, cure=match.cure)
-    software = f"{torch_match(machine).found}, {cann_match(machine).found}"
+    match = torch_match(machine)
+    if not match.fits:
+        return Probe(available=False, reason=match.found, cure=match.cure)
+    software = f"{match.found}, {cann_match(machine).found}"  # another CANN may do: `mmrl doctor` has a row for it
     return Probe(available=True, reason=f"{len(machine.npus())} NPU(s), {software}")
 
 

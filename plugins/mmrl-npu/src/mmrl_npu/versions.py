@@ -67,7 +67,9 @@ def cann_match(machine: Machine) -> Match:
         return Match(fits=True, found=f"CANN {cann}; which CANN torch_npu {ours} was published for is not known here")
     try:
         older = Version(cann) < Version(wanted)
-    except InvalidVersion:  # an alpha of CANN: its names are not version numbers
+    except InvalidVersion:  # names of previews such as 8.2.RC1.alpha003 are not version numbers
+        older = False
+    if "alpha" in cann or "beta" in cann:
         return Match(fits=True, found=f"CANN {cann}; torch_npu {ours} was published for CANN {wanted}")
     if not older:
         return Match(fits=True, found=f"CANN {cann}")

@@ -1,7 +1,8 @@
 """A stand-in for torch_npu on an emulated device, for tests. Not the vendor's package, and not a line of it.
 
-Importing it gives PyTorch a device `npu`: its memory in the host's, its kernels the CPU's (see `extension.cpp`). As with
-the vendor's, `import torch` imports it by itself where its metadata is on the path. Two variables reach every process:
+Importing it gives PyTorch a device `npu`: its memory in the host's, its kernels the CPU's (see `extension.cpp`). As
+with the vendor's, `import torch` imports it by itself where its metadata is on the path. Two variables reach every
+process:
 
 - NPU_EMULATOR_REFUSE: types and operators, by name, that the device has not: `float64,aten::digamma`;
 - NPU_EMULATOR_LOG: a folder that takes the names of the operators that ran on the device, a file a process.

@@ -56,7 +56,8 @@ def library() -> Path:
 def load() -> ModuleType:
     """The device's Python bindings; importing them registers the device."""
     spec = importlib.util.spec_from_file_location(NAME, library())
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

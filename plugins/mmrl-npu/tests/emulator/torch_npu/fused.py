@@ -59,8 +59,8 @@ def npu_fusion_attention(
 ) -> tuple[Tensor, ...]:
     """softmax(q k^T scale) v, computed in fp32; True in `atten_mask` is left out.
 
-    Layouts: B batch, N heads, S sequence, D head size (`BNSD`, `BSND`), or heads and size together (`BSH`). `sparse_mode`
-    0 uses the mask as it is, 2 and 3 are causal, aligned at the first and at the last position.
+    Layouts: B batch, N heads, S sequence, D head size (`BNSD`, `BSND`), or heads and size together (`BSH`).
+    `sparse_mode` 0 uses the mask as it is, 2 and 3 are causal, aligned at the first and at the last position.
     """
     assert keep_prob == 1.0, "no dropout here"
     q, k, v = (_heads_first(t, head_num, input_layout) for t in (query, key, value))
