@@ -57,7 +57,7 @@ def test_updates_are_those_of_the_cpu(workshop: Workshop, recipe: str, model: st
     scores = [row["grpo/score/mean"] for row in read_metrics(workshop.folder / f"{recipe}-cpu" / "metrics.jsonl")]
     for ranks in (1, 2):
         name = f"{recipe}-npu{ranks}"
-        run = workshop.train(recipe, name, "device=npu", f"launcher.processes={ranks}")
+        run = workshop.train(recipe, name, "device={name: npu, patches: false}", f"launcher.processes={ranks}")
         assert difference(weights(run / "export"), expected, start) < TOLERANCE
         rows = read_metrics(run / "metrics.jsonl")
         assert [row["grpo/score/mean"] for row in rows] == pytest.approx(scores, abs=1e-6)

@@ -207,7 +207,7 @@ def test_fields_named_in_the_text_exist(pages: Any, generator: Any) -> None:
     known = set()
     for path, model in generator.recipe_sections():
         known |= {f"{path}.{name}".lstrip(".") for name in model.model_fields}
-    prefixes = {"backend": "backend.", "rollout": "rollout.", "launcher": "launcher.", "policy": "model.policy."}
+    prefixes = {kind: f"{kind}." for kind in ("device", "backend", "rollout", "launcher")} | {"policy": "model.policy."}
     for kind, prefix in prefixes.items():
         for found in load_plugins().found(kind):
             if found.component.options is not None:

@@ -50,7 +50,7 @@ PATCHES: tuple[Patch, ...] = (
         "transformers-rms-norm",
         tuple(f"{module}:{name}RMSNorm.forward" for module, name in _TEXT),
         "rms_norm:text_rms_norm",
-        "RMSNorm runs as six small kernels and a copy in float32; npu_rms_norm is one kernel",
+        "RMSNorm is a chain of small kernels with copies in float32; npu_rms_norm is one kernel",
     ),
     _patch(
         "transformers-swiglu",
@@ -62,7 +62,7 @@ PATCHES: tuple[Patch, ...] = (
         "transformers-rotary",
         tuple(f"{module}:apply_rotary_pos_emb" for module, _ in _TEXT),
         "rotary:text_rotary",
-        "rotating queries and keys takes ten small kernels; npu_rotary_mul is one for each",
+        "rotating queries and keys is a chain of small kernels; npu_rotary_mul is one for each",
     ),
     _patch(
         "transformers-attention",
@@ -81,13 +81,13 @@ PATCHES: tuple[Patch, ...] = (
         "diffusers-rotary",
         (f"{_FLUX}:apply_rotary_emb",),
         "rotary:image_rotary",
-        "rotating queries and keys of FLUX takes eight small kernels; npu_rotary_mul is one",
+        "rotating queries and keys of FLUX is a chain of small kernels; npu_rotary_mul is one for each",
     ),
     _patch(
         "diffusers-rotary-layout",
         (f"{_FLUX}:get_1d_rotary_pos_embed",),
         "rotary:rotary_layout",
-        "repeat_interleave along the last axis is slow on an NPU; along the first it gives the same numbers",
+        "a guide for Ascend repeats the tables along their first axis, not the last, for speed: the same numbers",
         upstream="https://gitee.com/ascend/MindSpeed-MM/tree/master/examples/dancegrpo",
     ),
     _patch(
@@ -100,6 +100,6 @@ PATCHES: tuple[Patch, ...] = (
         "diffusers-gelu",
         (f"{_FLUX}:FluxSingleTransformerBlock.__init__", f"{_ATTENTION}:FeedForward.__init__"),
         "gelu:image_gelu",
-        "the general GELU of PyTorch is used; npu_gelu is the operator that CANN recommends for training",
+        "torch-npu runs PyTorch's GELU without its `approximate`; npu_gelu is told which form is meant",
     ),
 )
