@@ -68,6 +68,14 @@ def test_equal_work_has_equal_keys(made: Any) -> None:
         assert made.measured(**change).key() != made.measured().key()
 
 
+def test_utilisation_is_known_when_peak_and_operations_are(made: Any) -> None:
+    """The update takes 0.0525 s: the median of 0.05 and 0.055."""
+    known = made.measured(forward_flops=7e9, peak_flops=1e12, ranks=2)
+    assert known.utilisation() == pytest.approx(3 * 7e9 / (0.0525 * 2 * 1e12))
+    assert made.measured(forward_flops=7e9).utilisation() is None
+    assert made.measured(peak_flops=1e12).utilisation() is None
+
+
 def test_the_table_says_unknown_where_nothing_is_known(made: Any) -> None:
     text = result_table(made.result(made.measured(rounds=[Round(steps=[{"all": 0.5}], memory=[])])))
     row = next(line for line in text.splitlines() if line.startswith("cpu+fsdp2+hf+text"))
