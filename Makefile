@@ -84,8 +84,9 @@ docs: $(VENV)/.installed-dev ## Build the documentation site into site/
 	$(BIN)/mkdocs build --strict --quiet
 
 perf: export HF_HUB_OFFLINE := 1
-perf: $(VENV)/.installed-dev ## Measure every combination that this machine has
-	$(BIN)/python -m pytest perf 
+perf: $(VENV)/.installed-dev ## Measure every combination that this machine has, and draw a page
+	$(BIN)/mmrl perf run
+	$(BIN)/mmrl perf report runs/perf/perf.json
 
 clean: ## Remove what was built, but no runs
 	rm -rf $(VENV) $(VENV_VLLM) site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,8 +1,8 @@
 """How a measuring process and its driver talk: one JSON object a line, through a socket in a folder of theirs.
 
 worker -> {"ready": facts}, once it is set up
-driver -> {"step": n, "memory": whether to take peaks of memory}
-worker -> {"step": n, "metrics": {...}, "memory": [peaks by phase, one a rank]}
+driver -> {"step": n, "memory": whether to take peaks of memory and count operations}
+worker -> {"step": n, "metrics": {...}, "memory": [peaks by phase, one a rank], "flops": of a forward, or null}
 the driver closes its end: the worker leaves
 
 While the driver says nothing the worker waits in a read, so several of them can take turns on one machine.

@@ -75,6 +75,7 @@ def measure(matrix: Matrix, tree: Tree, effort: Effort, say: Say) -> Result:
     rounds: dict[str, list[Round]] = {}
     facts: dict[str, dict[str, Any]] = {}
     shapes: dict[str, dict[str, Any]] = {}
+    flops: dict[str, float | None] = {}
     failed: set[str] = set()
     with tempfile.TemporaryDirectory(prefix="mmrl-perf-") as scratch:
         matrix.make_models(Path(scratch))
@@ -91,7 +92,8 @@ def measure(matrix: Matrix, tree: Tree, effort: Effort, say: Say) -> Result:
                     with Session(tree, recipe, matrix.overrides) as session:
                         facts[name] = session.ready()
                         shapes[name] = shape(values, recipe, matrix)
-                        rounds.setdefault(name, []).append(_round(session, effort, matrix, combination))
+                        part, flops[name] = _round(session, effort, matrix, combination)
+                        rounds.setdefault(name, []).append(part)
                 except CannotRunError as error:
                     failed.add(name)
                     rounds.pop(name, None)
@@ -107,6 +109,8 @@ def measure(matrix: Matrix, tree: Tree, effort: Effort, say: Say) -> Result:
             versions=library_versions(c),
             ranks=facts[c.name]["ranks"],
             work=shapes[c.name],
+            forward_flops=flops.get(c.name),
+            peak_flops=facts[c.name]["peak_flops"],
             rounds=rounds[c.name],
         )
         for c in matrix.combinations
@@ -159,13 +163,14 @@ def check_work(numbers: StepNumbers, combination: Combination, tokens: int) -> N
         )
 
 
-def _round(session: Session, effort: Effort, matrix: Matrix, combination: Combination) -> Round:
+def _round(session: Session, effort: Effort, matrix: Matrix, combination: Combination) -> tuple[Round, float | None]:
+    """One process; and the operations of a forward, for full fine-tuning."""
     tokens = expected_tokens(matrix)
     for _ in range(effort.warmup):
         check_work(session.step(), combination, tokens)
     steps = [step_row(session.step().metrics) for _ in range(effort.steps)]
-    peaks = [session.step(memory=True).memory for _ in range(effort.memory_steps)]
-    return Round(steps=steps, memory=[p for p in peaks if all(p)])
+    untimed = [session.step(memory=True) for _ in range(effort.memory_steps)]
+    return Round(steps=steps, memory=[n.memory for n in untimed if all(n.memory)]), untimed[-1].flops
 
 
 def expected_tokens(matrix: Matrix) -> int:

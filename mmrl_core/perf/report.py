@@ -221,6 +221,7 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem } dt
 .wide { overflow-x: auto } table { border-collapse: collapse; font-size: .9rem }
 th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top }
 th { text-align: left; font-weight: 600 } thead th { color: var(--soft); white-space: nowrap }
+thead th + th { text-align: right }
 tbody tr:nth-child(even) { background: var(--band) }
 figure { margin: 1rem 0; overflow-x: auto } svg { max-width: 100%; height: auto } svg text { fill: var(--ink) }
 .legend { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: .2rem 1.2rem }

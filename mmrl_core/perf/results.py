@@ -11,12 +11,13 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mmrl_core.errors import PerfError
+from mmrl_core.metrics.throughput import mfu
 from mmrl_core.perf.jobs import PHASES
 
 SCHEMA = 1
 """Grows when files written before can no longer be read."""
 
-RATES = ("e2e_tps", "update_tps", "vllm_tps", "perf/samples_per_second", "perf/mfu")
+RATES = ("e2e_tps", "update_tps", "vllm_tps", "perf/samples_per_second")
 """Metrics of a step that are kept beside its times, where the loop has them."""
 
 
@@ -46,6 +47,10 @@ class Measured(_Stored):
     ranks: int
     work: dict[str, Any]
     """What shapes a step."""
+    forward_flops: float | None = None
+    """Operations that one forward over a step's samples needs, a prompt once a group; None: unknown."""
+    peak_flops: float | None = None
+    """Of one device, from its data sheet; None: unknown."""
     rounds: list[Round]
 
     def key(self) -> str:
@@ -80,6 +85,14 @@ class Measured(_Stored):
         values = [step[name] for part in self.rounds for step in part.steps if name in step]
         return statistics.median(values) if values else None
 
+    def utilisation(self) -> float | None:
+        """MFU of the update, a fraction: forward and twice as much backward. None when the operations or the peak are
+        unknown."""
+        seconds = self.seconds("update")
+        if self.forward_flops is None or seconds is None:
+            return None
+        return mfu(flops=3 * self.forward_flops, seconds=seconds, devices=self.ranks, peak_flops=self.peak_flops)
+
     def summary(self) -> dict[str, Any]:
         """What people want to read in the file; computed again when it is loaded."""
         return {
@@ -87,6 +100,7 @@ class Measured(_Stored):
             "band": {p: b for p in PHASES if (b := self.band(p)) is not None},
             "bytes": {p: peaks for p in PHASES if (peaks := self.bytes(p))},
             "rates": {name: r for name in RATES if (r := self.rate(name)) is not None},
+            "mfu": self.utilisation(),
         }
 
 

@@ -40,6 +40,8 @@ class StepNumbers:
     """As the loop writes them."""
     memory: list[dict[str, int]]
     """Peak bytes by phase, one dict a rank; empty dicts when they were not asked for or cannot be known."""
+    flops: float | None = None
+    """Of one forward over all that was sampled; None when they were not asked for or cannot be known."""
 
 
 class Session:
@@ -95,7 +97,7 @@ class Session:
             self._line.send({"step": self._step, "memory": memory})
         answer = self._answer()
         assert answer["step"] == self._step, f"step {answer['step']} instead of {self._step}"
-        return StepNumbers(metrics=answer["metrics"], memory=answer["memory"])
+        return StepNumbers(metrics=answer["metrics"], memory=answer["memory"], flops=answer.get("flops"))
 
     def _answer(self) -> dict[str, Any]:
         assert self._line is not None

@@ -39,7 +39,7 @@ def throughput(measured: Measured) -> str:
     """Tokens of the whole step by the published definition, or samples."""
     tokens, samples = measured.rate("e2e_tps"), measured.rate("perf/samples_per_second")
     if tokens is not None:
-        return f"{tokens:.4g} tokens"
+        return f"{tokens:,.0f} tokens"
     return f"{samples:.4g} samples" if samples is not None else UNKNOWN
 
 
@@ -50,7 +50,7 @@ def peak(ranks: Sequence[int]) -> str:
 
 def utilisation(measured: Measured) -> str:
     """Of the update."""
-    value = measured.rate("perf/mfu")
+    value = measured.utilisation()
     return f"{value:.1%}" if value is not None else UNKNOWN
 
 
@@ -58,6 +58,8 @@ def columns(rows: Sequence[Sequence[str]]) -> list[str]:
     """Aligned: the first column to the left, the others to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]
+        ).rstrip()
         for row in rows
     ]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import mmrl_core
-from mmrl_core.contracts import DeviceOps, Sample
+from mmrl_core.contracts import DeviceOps, Rollouts, Sample
 from mmrl_core.errors import PerfError
 from mmrl_core.grpo.run import Run
 from mmrl_core.grpo.trainer import hand_over_weights, train
@@ -65,11 +65,15 @@ class Meter(NoObservers):
         self._timers = PhasePeaks(loop.device)
         self._step = 0
         self._metrics: Mapping[str, float] = {}
+        self._counting = False
+        self._flops: list[float | None] = []
+        """Of a forward over each batch that this replica sampled, in steps that are not timed."""
 
     def run(self) -> None:
         """Train until the driver leaves."""
         loop = self._loop
         loop.observers, loop.timers, loop.stop_requested = self, self._timers, self._after_step
+        loop.engine.generate = self._counted(loop.engine.generate)  # type: ignore[method-assign]
         if self._line is not None:
             self._line.send({"ready": self._facts()})
         try:
@@ -87,9 +91,19 @@ class Meter(NoObservers):
 
     def _after_step(self) -> bool:
         """Tell the driver, and wait for it. Collective."""
-        peaks = self._loop.world.gather(self._timers.peaks())
+        mine = self._flops if self._loop.engine.replica.is_root else []
+        ranks = self._loop.world.gather((self._timers.peaks(), mine))
         if self._line is not None:
-            self._line.send({"step": self._step, "metrics": dict(self._metrics), "memory": peaks})
+            counts = [count for _, counts in ranks for count in counts]
+            known = [count for count in counts if count is not None]
+            self._line.send(
+                {
+                    "step": self._step,
+                    "metrics": dict(self._metrics),
+                    "memory": [peaks for peaks, _ in ranks],
+                    "flops": sum(known) if known and len(known) == len(counts) else None,
+                }
+            )
         self._wait()
         return False
 
@@ -98,7 +112,19 @@ class Meter(NoObservers):
         wish = self._loop.world.broadcast(self._line.receive() if self._line is not None else None)
         if wish is None:
             raise Enough
+        self._counting, self._flops = wish["memory"], []
         self._timers.watch(wish["memory"])
+
+    def _counted(self, generate: Callable[..., Rollouts]) -> Callable[..., Rollouts]:
+        """The engine's `generate`, with the operations of what it sampled counted where time does not matter."""
+
+        def counted(*arguments: Any, **named: Any) -> Rollouts:
+            rollouts = generate(*arguments, **named)
+            if self._counting:
+                self._flops.append(self._loop.policy.flops(rollouts))
+            return rollouts
+
+        return counted
 
     def _facts(self) -> dict[str, Any]:
         loop = self._loop
@@ -109,7 +135,7 @@ class Meter(NoObservers):
                 torch.get_num_threads(), device=loop.device.name, chip=chip_name(loop.device)
             ),
             "ranks": loop.world.size,
-            "versions": {"torch": torch.__version__},
+            "peak_flops": loop.device.peak_flops(getattr(torch, loop.recipe.model.dtype)),
         }
 
 

@@ -16,6 +16,7 @@ from mmrl_core.contracts import ActionStats, Bucket, GenerationRequest, Prompt, 
 from mmrl_core.errors import DataError, ModelError
 from mmrl_core.lora import add_adapters, set_adapters
 from mmrl_core.text import model_folder
+from mmrl_core.text.flops import DecoderSize
 from mmrl_core.text.prefix_cache import PromptRecorder
 from mmrl_core.text.token_batches import left_pad, unique_prompts
 from mmrl_core.text.token_stats import token_stats
@@ -123,6 +124,15 @@ class CausalLmPolicy(TokenPolicy):
     def lengths(self, rollouts: Rollouts) -> tuple[list[int], list[int]]:
         prompts = [len(ids) for ids in rollouts.payload["prompt_ids"]]
         return prompts, [len(ids) for ids in rollouts.payload["response_ids"]]
+
+    def flops(self, rollouts: Rollouts) -> float | None:
+        size = DecoderSize.of(model_folder.load_config(self.model))
+        if size is None:
+            return None
+        groups: dict[int, tuple[int, list[int]]] = {}
+        for group, prompt, response in zip(rollouts.group_id.tolist(), *self.lengths(rollouts), strict=True):
+            groups.setdefault(group, (prompt, []))[1].append(response)
+        return size.forward(list(groups.values()))
 
     # ----------------------------------------------------------------------------------------------------- the network
 

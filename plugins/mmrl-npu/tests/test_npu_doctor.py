@@ -81,7 +81,11 @@ BROKEN: list[tuple[str, Callable[[Site], Any], str, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("topic", "breaking", "reason", "cure"), BROKEN, ids=lambda value: str(value)[:30])
+@pytest.mark.parametrize(
+    ("topic", "breaking", "reason", "cure"),
+    BROKEN,
+    ids=lambda value: value[:30] if isinstance(value, str) else "broken",
+)
 def test_what_is_wrong_is_said_with_its_cure(
     site: Site, topic: str, breaking: Callable[[Site], Any], reason: str, cure: str
 ) -> None:

@@ -148,7 +148,7 @@ def test_recipe_show_is_complete_and_stable(lab: Any) -> None:
     assert done.returncode == 0, done.stderr
     shown = yaml.safe_load(done.stdout)
     assert shown["device"] == {"name": "cpu"}
-    assert shown["launcher"] == {"name": "local", "processes": 1, "threads_per_process": None}
+    assert shown["launcher"] == {"name": "local", "processes": 1, "threads_per_process": None, "environment": "inherit"}
     assert shown["backend"] == {"name": "toy", "shards": 2, "offload": False, "inner": {"depth": 3}}
     assert shown["sampling"] == {"max_new_tokens": 8, "temperature": 1.0}
     assert shown["eval"]["sampling"] == {"max_new_tokens": 8, "temperature": 0.0}

@@ -147,7 +147,7 @@ class NpuDevice(DeviceOps):
     def profiler_activities(self) -> Sequence[Any]:
         """CPU activity, and the NPU's where this PyTorch can record it: torch_npu's kernels are otherwise seen only by
         `torch_npu.profiler`, which is used in the place of `torch.profiler`."""
-        known = torch.profiler.supported_activities()
+        known = torch.profiler.supported_activities()  # type: ignore[no-untyped-call]
         wanted = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.PrivateUse1]
         return [activity for activity in wanted if activity in known]
 
