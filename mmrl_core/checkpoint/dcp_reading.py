@@ -6,6 +6,7 @@ import pickle
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,16 @@ class _MetadataUnpickler(pickle.Unpickler):
             return getattr(torch, name)
         if name in _METADATA_CLASSES.get(module, ()):
             return super().find_class(module, name)
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         raise pickle.UnpicklingError(f".metadata names {module}.{name}, which describes no tensor; it was not loaded")
+
+
+def _member(kind: Any, name: str) -> Any:
+    """What early releases of Python 3.11 write for the member of an enumeration, and nothing else."""
+    if not (isinstance(kind, type) and issubclass(kind, Enum)):
+        raise pickle.UnpicklingError(f".metadata takes {name!r} from {kind!r}, no enumeration; it was not loaded")
+    return kind[name]
 
 
 def _check_files(folder: Path, metadata: Metadata) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,7 +12,9 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
+from mmrl_core.checkpoint.dcp_reading import _MetadataUnpickler
 from mmrl_core.checkpoint.initial_weights import load_initial
 from mmrl_core.contracts import Policy
 from mmrl_core.errors import ModelError
@@ -184,6 +187,13 @@ def test_damaged_data(tmp_path: Path, damage: str) -> None:
         load_initial(Small(), folder, same)
 
 
+def test_enumerations_as_early_pythons_3_11_write_them() -> None:
+    """`getattr(_MEM_FORMAT_ENCODING, NAME)`, where later ones write the class and the value."""
+    kind = b"ctorch.distributed.checkpoint.metadata\n_MEM_FORMAT_ENCODING\n"
+    stream = b"cbuiltins\ngetattr\n(" + kind + b"VTORCH_CHANNELS_LAST\ntR."
+    assert _MetadataUnpickler(io.BytesIO(stream)).load() is _MEM_FORMAT_ENCODING.TORCH_CHANNELS_LAST
+
+
 class Boom:
     def __reduce__(self) -> Any:
         return (exec, ("raise SystemExit('code of the checkpoint ran')",))
@@ -194,6 +204,11 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path: Path) -> None:
     (folder / ".metadata").write_bytes(pickle.dumps(Boom()))
     with pytest.raises(ModelError, match=r"builtins\.exec, which describes no tensor"):
         load_initial(Small(), str(folder), same)
+    # of what has attributes only enumerations are asked for theirs
+    for taken in (b"ctorch\nfloat32\n", b"ctorch\nSize\n"):
+        (folder / ".metadata").write_bytes(b"cbuiltins\ngetattr\n(" + taken + b"Vto\ntR.")
+        with pytest.raises(ModelError, match="it was not loaded"):
+            load_initial(Small(), str(folder), same)
     # a dotted name would reach what the allowed modules import
     (folder / ".metadata").write_bytes(b"\x80\x04ctorch.distributed.checkpoint.metadata\nos.system\n.")
     with pytest.raises(ModelError, match="it was not loaded"):
