@@ -11,19 +11,16 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # the modules beside the tests, wherever the tests are run
 
-from ray_nodes import RayNode, wait_for_nodes
+from ray_nodes import RayNode, isolated, wait_for_nodes
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _ray_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A token of these tests' own, and nothing of a cluster that may run here already; later files get theirs back."""
-    token = tmp_path_factory.mktemp("ray") / "token"
-    token.write_text("0123456789abcdef" * 4)
     saved = dict(os.environ)
-    for name in [name for name in os.environ if name.startswith("RAY_")]:
-        del os.environ[name]
-    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0"}
-    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    own = isolated(tmp_path_factory.mktemp("ray") / "token")
+    os.environ.clear()
+    os.environ |= own
     yield
     os.environ.clear()
     os.environ |= saved

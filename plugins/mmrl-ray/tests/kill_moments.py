@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from ray_nodes import RayNode, ranks_of, wait_for_nodes
+from ray_nodes import RayNode, isolated, ranks_of, wait_for_nodes
 
 from mmrl_core.metrics.jsonl import read_metrics
 from mmrl_core.metrics.names import reproducible
@@ -122,6 +122,9 @@ def main(kills: int) -> None:
     steps = 12
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
+        own = isolated(place / "token")
+        os.environ.clear()
+        os.environ |= own
         model = model_in(place)
         calm = place / "calm"
         assert start(recipe(model, calm, {"name": "local", "processes": 2}, steps)).wait() == 0

@@ -56,7 +56,8 @@ class RayNode:
             command += [f"--address={join}"]
         for _ in range(_ATTEMPTS):
             ports = [f"--dashboard-agent-listen-port={free_port(32_000)}"]
-            ports += [f"--ray-client-server-port={free_port()}"] if join is None else []
+            self.client_port = free_port()
+            ports += [f"--ray-client-server-port={self.client_port}"] if join is None else []
             self.process = self._start([*command, *ports], environment or {})
             if self._ready():
                 break
@@ -111,6 +112,14 @@ class RayNode:
             process.kill()
         self.process.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def isolated(token: Path) -> dict[str, str]:
+    """Variables with a token of the tests' own in the file `token`, and nothing of a cluster that may run here."""
+    token.write_text("0123456789abcdef" * 4)
+    own = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    own |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0"}
+    return own | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 def wait_for_nodes(address: str, count: int) -> None:

@@ -336,6 +336,23 @@ def test_sigterm_lets_ranks_save(work: Work, cluster: str) -> None:
     assert "rank 1 saved" in (work.folder / "run" / "logs" / "rank1.log").read_text()
 
 
+def test_through_the_client_server(work: Work, head: RayNode, cluster: str) -> None:
+    """A driver that is no part of the cluster: output, signals, and nothing left."""
+    work.write(SAVES)
+    address = f"ray://{head.address.rpartition(':')[0]}:{head.client_port}"
+    for _ in range(3):  # Ray allows its server half a minute to start, however busy the machine is
+        process = work.start(address=address, processes=2)
+        while process.poll() is None and not (work.folder / "ready0").exists():
+            time.sleep(0.1)
+        if process.returncode is None or "cannot join the cluster" not in process.communicate()[1]:
+            break
+    work.wait_for("ready0", "ready1", process=process)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=LIMIT_S)
+    assert (process.returncode, out) == (0, "rank 0 saved\n"), err
+    assert (work.folder / "saved1").read_text() == "SIGINT"
+
+
 def test_interrupted_twice(work: Work, cluster: str) -> None:
     work.write("signal.signal(signal.SIGINT, lambda *_: None)\nPath(f'ready{rank}').touch()\ntime.sleep(600)")
     process = work.start(address=cluster, processes=2)
