@@ -20,6 +20,8 @@ from mmrl_core.recipe import load_recipe
 pytestmark = pytest.mark.timeout(1800)
 TOLERANCE = 1e-6
 """Relative L2 distance between the update of the weights on the device and on the CPU, fp32."""
+PRODUCTS = {"mm.out", "bmm.out", "addmm.out"}
+"""Operators that every network here calls."""
 REGISTERED = frozenset((HERE / "torch_npu_operators.txt").read_text(encoding="utf-8").split())
 """Operators that torch_npu 2.7.1 and 2.13.0 both have kernels for: the lists of native functions in their wheels."""
 
@@ -62,7 +64,7 @@ def test_updates_are_those_of_the_cpu(workshop: Workshop, recipe: str, model: st
         rows = read_metrics(run / "metrics.jsonl")
         assert [row["grpo/score/mean"] for row in rows] == pytest.approx(scores, abs=1e-6)
         used = workshop.operators(name)
-        assert {"mm", "bmm"} & used, "the network did not compute on the device"
+        assert PRODUCTS & used, "the network did not compute on the device"
         assert not sorted(operator for operator in used if not registered(operator))
 
 
@@ -135,7 +137,7 @@ def test_the_device_by_itself(tmp_path: Path) -> None:
     found = json.loads(done.stdout)
     assert "no tensors of type Double" in found["float64"]
     assert "no operator aten::digamma" in found["digamma"]
-    assert "two devices, npu and cpu" in found["mixed"]
+    assert "found at least two devices, npu" in found["mixed"]
     assert found["device"] == "npu:1"
     assert found["peak"] == [pytest.approx(353.8944e12), None]
     assert found["autocast"] == "torch.bfloat16"
@@ -149,4 +151,4 @@ def test_auto_is_the_npu_and_a_rank_can_be_given_its_environment(workshop: Works
     """`device: auto` chooses it; with `launcher.environment: device` even a single rank is a process of its own."""
     run = workshop.train("text", "auto", "device=auto", "launcher.environment=device", "algorithm.steps=1")
     assert load_recipe(run / "recipe.yaml")[0].device.name == "npu"
-    assert {"mm", "bmm"} & workshop.operators("auto")
+    assert PRODUCTS & workshop.operators("auto")
