@@ -1,7 +1,7 @@
 """How a measuring process and its driver talk: one JSON object a line, through a socket in a folder of theirs.
 
 worker -> {"ready": facts}, once it is set up
-driver -> {"step": n, "memory": whether to take peaks of memory and count operations}
+driver -> {"step": n, "memory": whether to take peaks of memory, "count": whether to count operations}
 worker -> {"step": n, "metrics": {...}, "memory": [peaks by phase, one a rank], "flops": of a forward, or null}
 the driver closes its end: the worker leaves
 

@@ -160,7 +160,10 @@ def verdict_table(verdict: Verdict) -> str:
     lines += [f"skipped: {s.name}: {s.reason}" for s in verdict.skipped]
     unclear = sum(f.state == "unclear" for f in verdict.findings)
     if unclear:
-        lines.append(f"{unclear} phases are unclear: the machine is too noisy now to see {CERTAIN_TIME - 1:.0%}")
+        lines.append(
+            f"{unclear} phases are unclear: the machine is too noisy now to see {CERTAIN_TIME - 1:.0%}. Commits in "
+            "turns (--base COMMIT) and more --pairs see more"
+        )
     lines += [f"FIRED: {finding_sentence(f)}" for f in verdict.fired]
     if not verdict.fired:
         judged = sum(f.state == "fine" for f in verdict.findings)

@@ -98,7 +98,7 @@ def _text(model: str, tokens: int) -> dict[str, Any]:
     return {
         "model": {"path": model, "dtype": "float32", "policy": "causal_lm"},
         "sampling": {"max_new_tokens": tokens, "temperature": 1.0, "ignore_eos": True},
-        "data": {"name": "arithmetic", "operations": ["+"], "largest": 39},
+        "data": {"name": "arithmetic", "operations": ["+"], "smallest": 10, "largest": 39},  # prompts of one length
         "rewards": [{"name": "numeric", "correct_weight": 0.5, "format_weight": 0.5, "run": "inline"}],
     }
 

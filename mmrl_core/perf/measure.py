@@ -166,11 +166,14 @@ def check_work(numbers: StepNumbers, combination: Combination, tokens: int) -> N
 def _round(session: Session, effort: Effort, matrix: Matrix, combination: Combination) -> tuple[Round, float | None]:
     """One process; and the operations of a forward, for full fine-tuning."""
     tokens = expected_tokens(matrix)
-    for _ in range(effort.warmup):
-        check_work(session.step(), combination, tokens)
+    flops = None
+    for number in range(effort.warmup):
+        numbers = session.step(count=number == 0)
+        check_work(numbers, combination, tokens)
+        flops = flops or numbers.flops
     steps = [step_row(session.step().metrics) for _ in range(effort.steps)]
-    untimed = [session.step(memory=True) for _ in range(effort.memory_steps)]
-    return Round(steps=steps, memory=[n.memory for n in untimed if all(n.memory)]), untimed[-1].flops
+    peaks = [session.step(memory=True).memory for _ in range(effort.memory_steps)]
+    return Round(steps=steps, memory=[p for p in peaks if all(p)]), flops
 
 
 def expected_tokens(matrix: Matrix) -> int:

@@ -89,12 +89,15 @@ class Session:
             raise PerfError(f"{self._tree.name}: the process imported {facts['core']} instead of {self._tree.core}")
         return facts
 
-    def step(self, *, memory: bool = False) -> StepNumbers:
-        """Let it do the next step. Raises CannotRunError when it ends instead."""
+    def step(self, *, memory: bool = False, count: bool = False) -> StepNumbers:
+        """Let it do the next step. One that takes peaks of memory, or counts operations, says nothing about time.
+
+        Raises CannotRunError when it ends instead.
+        """
         assert self._line is not None, "ready first"
         self._step += 1
         with suppress(BrokenPipeError):  # it has ended; the answer that does not come says so
-            self._line.send({"step": self._step, "memory": memory})
+            self._line.send({"step": self._step, "memory": memory, "count": count})
         answer = self._answer()
         assert answer["step"] == self._step, f"step {answer['step']} instead of {self._step}"
         return StepNumbers(metrics=answer["metrics"], memory=answer["memory"], flops=answer.get("flops"))

@@ -67,7 +67,7 @@ class Meter(NoObservers):
         self._metrics: Mapping[str, float] = {}
         self._counting = False
         self._flops: list[float | None] = []
-        """Of a forward over each batch that this replica sampled, in steps that are not timed."""
+        """Of a forward over each batch that this replica sampled, in the step for which that is asked."""
 
     def run(self) -> None:
         """Train until the driver leaves."""
@@ -112,7 +112,7 @@ class Meter(NoObservers):
         wish = self._loop.world.broadcast(self._line.receive() if self._line is not None else None)
         if wish is None:
             raise Enough
-        self._counting, self._flops = wish["memory"], []
+        self._counting, self._flops = wish["count"], []
         self._timers.watch(wish["memory"])
 
     def _counted(self, generate: Callable[..., Rollouts]) -> Callable[..., Rollouts]:
