@@ -229,14 +229,14 @@ class TestFaultyEngine(EngineStage):
             self.checks.test_new_weights_are_used(studio)
 
     def test_end_token_not_counted(self, studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
-        right = hf.HfEngine._rollouts
+        right = hf.token_rollouts
 
-        def cut(self: Any, *arguments: Any) -> Any:
-            rollouts = right(self, *arguments)
+        def cut(*arguments: Any) -> Any:
+            rollouts = right(*arguments)
             rollouts.mask = rollouts.mask & ~rollouts.mask.roll(-1, 1).logical_not()
             return rollouts
 
-        monkeypatch.setattr(hf.HfEngine, "_rollouts", cut)
+        monkeypatch.setattr(hf, "token_rollouts", cut)
         with pytest.raises(AssertionError):
             self.checks.test_mask_covers_the_response_and_its_end_token(studio)
 

@@ -108,3 +108,4 @@ class TestTensorboard(WriterConformance):
 
 class TestWandb(WriterConformance):
     component = "wandb"
+    options: ClassVar[Mapping[str, Any]] = {"mode": "offline"}

@@ -197,11 +197,12 @@ def test_create_understands_devices_reward_functions_and_classes() -> None:
 
     targets = {"device": Made, "reward": one, "writer": Made}
 
-    def create(kind: str, *arguments: Any) -> Any:
+    def create(kind: str, *arguments: Any, options: Any = "options") -> Any:
         component = Component(name="n", summary="s", target="a:b")
         found = Fixed(kind=kind, component=component, distribution="d", version="1")
-        return Selected(found=found, options="options").create(*arguments)
+        return Selected(found=found, options=options).create(*arguments)
 
-    assert create("device").arguments == ()
+    assert create("device", options=None).arguments == ()
+    assert create("device").arguments == ("options",)
     assert create("writer", 7).arguments == ("options", 7)
     assert isinstance(create("reward"), Reward)

@@ -117,7 +117,9 @@ def test_half_precision_trains_full_precision_weights(rank: Rank, tmp_path: Path
         for _ in range(3):
             backend.update(check_minibatch(rollouts), CheckLoss())
         change = (main - stored["model.norm.weight"]).abs()
-        assert torch.allclose(change, torch.tensor(3e-5), rtol=0.3), "AdamW's first steps are lr long"
+        # AdamW's first steps are lr long; where the bfloat16 gradient is next to nothing its sign may change
+        assert torch.allclose(change.median(), torch.tensor(3e-5), rtol=0.1)
+        assert change.max() < 3.3e-5
 
 
 @pytest.mark.parametrize(
