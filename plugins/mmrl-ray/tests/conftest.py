@@ -28,15 +28,14 @@ def _ray_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
 
 @pytest.fixture(scope="module")
 def head(_ray_environment: None) -> Iterator[RayNode]:
-    node = RayNode(cpus=2, environment={"RAY_health_check_period_ms": "1000"})  # a dead node is known in 5 s
-    yield node
-    node.stop()
+    # a dead node is known in 5 s
+    with RayNode(cpus=2, environment={"RAY_health_check_period_ms": "1000"}) as node:
+        yield node
 
 
 @pytest.fixture(scope="module")
 def cluster(head: RayNode) -> Iterator[str]:
     """The address of the cluster of two nodes."""
-    second = RayNode(cpus=2, join=head.address)
-    wait_for_nodes(head.address, 2)
-    yield head.address
-    second.stop()
+    with RayNode(cpus=2, join=head.address):
+        wait_for_nodes(head.address, 2)
+        yield head.address

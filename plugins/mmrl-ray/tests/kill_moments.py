@@ -93,6 +93,16 @@ def run_with_kills(file: Path, run: Path, kills: int, steps: int, seed: int) -> 
     """
     dice = random.Random(seed)
     process = start(file, "guarded_rank")
+    try:
+        _kill_at_random(process, run, kills, steps, dice)
+        out, err = process.communicate(timeout=LIMIT_S)
+    finally:
+        process.kill()
+    assert process.returncode == 0, f"{out}\n{err}"
+    return err
+
+
+def _kill_at_random(process: subprocess.Popen[str], run: Path, kills: int, steps: int, dice: random.Random) -> None:
     deadline = time.monotonic() + LIMIT_S
     dead: set[int] = set()
     for number in range(kills):
@@ -107,9 +117,6 @@ def run_with_kills(file: Path, run: Path, kills: int, steps: int, seed: int) -> 
         dead |= {rank.pid for rank in alive(run, dead)}
         victim.kill()
         print(f"killed after step {wanted}: pid {victim.pid}", flush=True)
-    out, err = process.communicate(timeout=LIMIT_S)
-    assert process.returncode == 0, f"{out}\n{err}"
-    return err
 
 
 def alive(run: Path, dead: set[int]) -> list[psutil.Process]:
@@ -128,9 +135,7 @@ def main(kills: int) -> None:
         model = model_in(place)
         calm = place / "calm"
         assert start(recipe(model, calm, {"name": "local", "processes": 2}, steps)).wait() == 0
-        head = RayNode(cpus=2)
-        second = RayNode(cpus=2, join=head.address)
-        try:
+        with RayNode(cpus=2) as head, RayNode(cpus=2, join=head.address):
             wait_for_nodes(head.address, 2)
             launcher = {"name": "ray", "address": head.address, "processes": 2, "strategy": "SPREAD"}
             for first in range(0, kills, 3):
@@ -144,9 +149,6 @@ def main(kills: int) -> None:
                 assert weights(run) == weights(calm), f"seed {seed}"
                 assert numbers(run) == numbers(calm), f"seed {seed}"
                 print(f"{first + now} kills: the same weights and metrics", flush=True)
-        finally:
-            second.stop()
-            head.stop()
 
 
 if __name__ == "__main__":

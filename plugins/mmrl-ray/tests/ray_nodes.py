@@ -62,7 +62,9 @@ class RayNode:
             if self._ready():
                 break
         else:
-            raise AssertionError(self.log.read_text())
+            said = self.log.read_text()
+            shutil.rmtree(self.folder)
+            raise AssertionError(said)
         self.address = join or re.findall(r"--address='([^']+)'", self.log.read_text())[-1]
 
     def _start(self, command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
@@ -84,6 +86,12 @@ class RayNode:
             assert time.monotonic() < deadline, self.log.read_text()
             time.sleep(0.1)
         return True
+
+    def __enter__(self) -> RayNode:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
 
     def processes(self) -> list[psutil.Process]:
         """Of this node, its workers included."""

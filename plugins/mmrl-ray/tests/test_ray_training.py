@@ -87,9 +87,11 @@ def test_kills_at_random_moments_change_nothing(place: Path, calm: Path, cluster
 
 
 def test_a_lost_node_is_replaced_by_what_is_left(place: Path, calm: Path, head: RayNode, cluster: str) -> None:
-    doomed = RayNode(cpus=2, join=head.address, resources='{"place": 1}')
-    extra = RayNode(cpus=2, join=head.address, resources='{"place": 2}')
-    try:
+    one, two = '{"place": 1}', '{"place": 2}'
+    with (
+        RayNode(cpus=2, join=head.address, resources=one) as doomed,
+        RayNode(cpus=2, join=head.address, resources=two),
+    ):
         wait_for_nodes(head.address, 4)
         run = place / "node"
         options = {"name": "ray", "address": cluster, "processes": 2, "resource": "place", "strategy": "STRICT_SPREAD"}
@@ -108,9 +110,6 @@ def test_a_lost_node_is_replaced_by_what_is_left(place: Path, calm: Path, head: 
         assert "restart 1 of 3" in err
         assert weights(run) == weights(calm)
         assert numbers(run) == numbers(calm)
-    finally:
-        extra.stop()
-        doomed.stop()
 
 
 class TestRay(LauncherConformance):

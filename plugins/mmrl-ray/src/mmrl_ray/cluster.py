@@ -14,6 +14,9 @@ from mmrl_core.errors import PreflightError
 _OBJECT_STORE_BYTES = 80 * 2**20
 """Ray's smallest, nearly: the launcher keeps no objects."""
 
+_ATTEMPTS = 3
+"""Ray allows a node half a minute to start, which is not enough on a machine that is busy with something else."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Node:
@@ -68,20 +71,24 @@ def _start_here(devices: Mapping[str, int], cpus: int) -> None:
     os.environ.setdefault("RAY_worker_niceness", "0")  # else ranks get what others leave
     own = dict(devices)
     gpus = own.pop("GPU", None)
-    try:
-        ray.init(
-            address="local",
-            num_cpus=cpus,
-            num_gpus=gpus,
-            resources={name: float(count) for name, count in own.items()} or None,
-            include_dashboard=False,
-            object_store_memory=_OBJECT_STORE_BYTES,
-            log_to_driver=False,
-            logging_level="ERROR",
-            _node_ip_address="127.0.0.1",
-        )
-    except Exception as error:  # that very class when the machine is too slow
-        raise PreflightError(f"launcher ray: Ray does not start on this machine: {error}") from error
+    for attempts_left in reversed(range(_ATTEMPTS)):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=cpus,
+                num_gpus=gpus,
+                resources={name: float(count) for name, count in own.items()} or None,
+                include_dashboard=False,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                log_to_driver=False,
+                logging_level="ERROR",
+                _node_ip_address="127.0.0.1",
+            )
+            return
+        except Exception as error:  # Ray raises that very class when the machine is too slow
+            ray.shutdown()
+            if attempts_left == 0 or "timed out" not in str(error):
+                raise PreflightError(f"launcher ray: Ray does not start on this machine: {error}") from error
 
 
 def _join(address: str) -> None:
