@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Generator
@@ -219,11 +220,18 @@ def _rendered(batches: list[list[_Item]], job: Job, renderer: Renderer) -> Gener
         while waiting:
             yield waiting.popleft().result()
     except BrokenProcessPool as error:
+        _unblock(executor)
         raise DataError(
             "a preprocessing worker died (killed for lack of memory?); nothing was written. Try fewer --workers"
         ) from error
     finally:
         executor.shutdown(cancel_futures=True)
+
+
+def _unblock(executor: ProcessPoolExecutor) -> None:
+    """CPython before 3.11.7 waits for ever for its thread that writes to workers (python/cpython#94777)."""
+    if sys.version_info < (3, 11, 7):
+        executor._call_queue._reader.close()  # type: ignore[attr-defined]
 
 
 _renderer: Renderer | None = None

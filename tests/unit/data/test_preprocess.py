@@ -263,14 +263,14 @@ def test_a_kill_leaves_no_output_and_no_orphan(tmp_path: Path, tokenizer: Path, 
 
 def _wait_for_workers(run: "subprocess.Popen[str]") -> list[psutil.Process]:
     """Both worker processes, once they exist."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 200
     while time.monotonic() < deadline:
         assert run.poll() is None, "ended before it could be killed"
         workers = _workers(psutil.Process(run.pid))
         if len(workers) == 2:
             return workers
         time.sleep(0.05)
-    raise AssertionError("no workers within 60 s")
+    raise AssertionError("no workers within 200 s")
 
 
 def test_the_command_refuses_numbers_below_one() -> None:
