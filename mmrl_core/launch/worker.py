@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import time
@@ -15,15 +14,15 @@ from mmrl_core.checkpoint.store import CheckpointStore
 from mmrl_core.contracts import TrainingSpec
 from mmrl_core.errors import BackendError, MmrlError
 from mmrl_core.grpo.run import Run
-from mmrl_core.grpo.trainer import evaluate, hand_over_weights, train
+from mmrl_core.grpo.trainer import hand_over_weights, train
 from mmrl_core.launch import components
 from mmrl_core.launch.distributed import connect, disconnect
+from mmrl_core.launch.ending import finish, has_ended
 from mmrl_core.launch.logs import configure_logging
 from mmrl_core.launch.observers import NoObservers, RunObservers
 from mmrl_core.launch.preflight import installed_versions, preflight
 from mmrl_core.launch.resume import resume, shaping_fields
 from mmrl_core.launch.signals import StopRequest
-from mmrl_core.metrics.picture import draw_progress
 from mmrl_core.metrics.timers import PhaseTimers
 from mmrl_core.plugins import Selection, load_plugins, resolve
 from mmrl_core.recipe import Recipe, load_recipe
@@ -114,7 +113,7 @@ def _run(run: Run) -> int:
     total = run.recipe.algorithm.steps
     if run.world.is_main:
         print(f"mmrl: {line}", flush=True)
-    if run.progress.step >= total:
+    if run.progress.step >= total and has_ended(run):
         if run.world.is_main:
             print(
                 f"mmrl: all {total} steps of {run.directory} are done already; nothing to do. Raise algorithm.steps "
@@ -128,7 +127,7 @@ def _run(run: Run) -> int:
     summary: dict[str, Any] = {"outcome": "failed", "run_dir": str(run.directory)}
     try:
         outcome = train(run)
-        summary = _finish(run, outcome)
+        summary = finish(run, outcome)
         return 0
     except torch.OutOfMemoryError as error:
         raise BackendError(
@@ -140,51 +139,3 @@ def _run(run: Run) -> int:
         summary["seconds"] = time.monotonic() - started
         run.observers.run_end(summary)
         run.engine.close()
-
-
-def _finish(run: Run, outcome: str) -> dict[str, Any]:
-    """The summary of a run that ended well; the export and the picture."""
-    rewards = run.progress.rewards
-    summary: dict[str, Any] = {
-        "outcome": outcome,
-        "run_dir": str(run.directory),
-        "steps": run.progress.step,
-        "first_reward": _mean(rewards[:5]),
-        "last_reward": _mean(rewards[-5:]),
-        "checkpoint": str(run.store.folder / f"step_{run.progress.step:08d}"),
-        "eval": None,
-    }
-    if outcome == "finished":
-        if run.evaluator is not None and run.evaluator.spec.every:
-            step, result = run.held_out or (0, None)
-            if result is None or step != run.progress.step:
-                result = evaluate(run, run.evaluator)
-            summary["eval"] = {**result.summary(), "first": run.progress.first_evaluation}
-        if run.recipe.checkpoint.export:
-            target = run.directory / "export"
-            export(run, target)
-            summary["export"] = str(target)
-    if run.world.is_main:
-        metrics = run.directory / "metrics.jsonl"
-        if metrics.is_file():
-            picture = run.directory / "progress.png"
-            draw_progress(metrics, picture)
-            summary["picture"] = str(picture)
-        text = json.dumps({**summary, "step_seconds": run.progress.seconds}, indent=2)
-        (run.directory / "summary.json").write_text(text + "\n", encoding="utf-8")
-    return summary
-
-
-def export(run: Run, target: Path) -> None:
-    """Write an ordinary Hugging Face folder of the current weights. Collective."""
-    weights = run.backend.export_weights()
-    if run.world.is_main:
-        run.policy.save_weights(target, weights)
-    else:
-        for _ in weights:  # every rank takes part in gathering
-            pass
-    run.world.barrier()
-
-
-def _mean(values: list[float]) -> float | None:
-    return sum(values) / len(values) if values else None

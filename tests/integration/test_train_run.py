@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 
@@ -25,20 +26,21 @@ SEEDS_NAMES = [
 ]  # fmt: skip
 
 
+ORDINARY = [
+    "checkpoint.every=2",
+    "eval.data={name: arithmetic, largest: 9, split: test}",
+    "eval.prompts=10",
+    "eval.every=2",
+    "eval.first=true",
+    "writers=[{name: console, samples: 100}, jsonl, tensorboard]",
+    "show_samples=11",
+]
+
+
 @pytest.fixture(scope="module")
 def finished(shared_workshop):
     """One ordinary run with periodic checkpoints and evaluation."""
-    done = shared_workshop.train(
-        "one",
-        "checkpoint.every=2",
-        "eval.data={name: arithmetic, largest: 9, split: test}",
-        "eval.prompts=10",
-        "eval.every=2",
-        "eval.first=true",
-        "writers=[{name: console, samples: 100}, jsonl, tensorboard]",
-        "show_samples=11",
-    )
-    return shared_workshop, done
+    return shared_workshop, shared_workshop.train("one", *ORDINARY)
 
 
 def test_the_run_folder_holds_everything(finished) -> None:
@@ -150,6 +152,25 @@ def test_a_finished_run_is_left_alone(finished) -> None:
     done = workshop.train("one", "checkpoint.every=2")
     assert "nothing to do" in done.out
     assert (workshop.folder / "one" / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_that_died_after_its_last_step_is_ended(finished) -> None:
+    workshop, _ = finished
+    folder = workshop.folder / "one"
+    rows, weights = (folder / "metrics.jsonl").read_bytes(), workshop.weights("one")
+    summary = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").unlink()  # what a kill between the last checkpoint and the export leaves
+    shutil.rmtree(folder / "export")
+    done = workshop.train("one", *ORDINARY)
+    assert "resuming after step 4" in done.out
+    again = workshop.weights("one")
+    assert all(torch.equal(again[name], weights[name]) for name in weights)
+    assert (folder / "metrics.jsonl").read_bytes() == rows
+    ended = json.loads((folder / "summary.json").read_text())
+    for name in ("outcome", "steps", "first_reward", "last_reward", "export", "checkpoint"):
+        assert ended[name] == summary[name], name
+    assert ended["eval"]["rewards"] == summary["eval"]["rewards"]
+    assert "nothing to do" in workshop.train("one", *ORDINARY).out
 
 
 def test_two_ranks_learn_what_one_learns(finished) -> None:
