@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
+
 from mmrl_core.grpo.collect import SampleRow, StepBatch
 from mmrl_core.grpo.run import Run
 from mmrl_core.metrics.names import check_known
-from mmrl_core.metrics.throughput import throughput_metrics
+from mmrl_core.metrics.throughput import mfu, throughput_metrics, total_throughput
 
 
 def step_metrics(
     run: Run, batch: StepBatch, learned: Mapping[str, float], timing: Mapping[str, float]
 ) -> dict[str, float]:
-    """Every metric of a step. Raises nothing for a user's doing: an undefined name is our own mistake."""
+    """Every metric of a step. Collective. Raises nothing for a user's doing: an undefined name is our own mistake."""
     table = batch.table
     metrics = {**learned, **timing}
     metrics.update(_spread("grpo/score", [row.score for row in table if row.score is not None]))
@@ -36,11 +38,32 @@ def step_metrics(
     seconds = timing.get("timing/all", 0.0)
     if seconds > 0:
         metrics["perf/samples_per_second"] = len(table) / seconds
+    used = utilisation(run, batch, timing.get("timing/update", 0.0))
+    if used is not None:
+        metrics["perf/mfu"] = used
     peak = run.device.memory().peak
     if peak is not None:
         metrics["perf/memory_peak_gb"] = peak / 1e9
     check_known(metrics)
     return metrics
+
+
+def utilisation(run: Run, batch: StepBatch, seconds: float) -> float | None:
+    """MFU of the updates, which took `seconds`: three forwards of what was trained on, once an epoch; None: unknown.
+    Collective."""
+    peak = run.device.peak_flops(getattr(torch, run.recipe.model.dtype))
+    mine: float | None = 0.0
+    if run.engine.replica.is_root and len(batch.rollouts):  # the replica's other ranks hold the same rows
+        mine = None if peak is None else run.policy.flops(batch.rollouts)
+    parts = run.world.gather(mine)
+    known = [part for part in parts if part is not None]
+    forward = sum(known) if len(known) == len(parts) else None
+    return mfu(
+        flops=None if not forward else 3 * run.recipe.algorithm.epochs * forward,
+        seconds=seconds,
+        devices=run.world.size,
+        peak_flops=peak,
+    )
 
 
 def _tokens(table: Sequence[SampleRow], devices: int, timing: Mapping[str, float]) -> dict[str, float]:
@@ -51,7 +74,10 @@ def _tokens(table: Sequence[SampleRow], devices: int, timing: Mapping[str, float
         return {}
     metrics = {**_spread("prompt_length", prompts), **_spread("response_length", responses)}
     metrics["response_length/truncated_fraction"] = sum(row.truncated for row in table) / len(table)
-    metrics["perf/tokens"] = float(sum(prompts) + sum(responses))
+    tokens = sum(prompts) + sum(responses)
+    metrics["perf/tokens"] = float(tokens)
+    if timing.get("timing/all", 0.0) > 0:
+        metrics["perf/throughput"] = total_throughput(tokens=tokens, seconds=timing["timing/all"], devices=devices)
     metrics.update(
         throughput_metrics(
             mean_prompt=metrics["prompt_length/mean"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -125,14 +126,17 @@ class CausalLmPolicy(TokenPolicy):
         prompts = [len(ids) for ids in rollouts.payload["prompt_ids"]]
         return prompts, [len(ids) for ids in rollouts.payload["response_ids"]]
 
+    @cached_property
+    def _size(self) -> DecoderSize | None:
+        return DecoderSize.of(model_folder.load_config(self.model))
+
     def flops(self, rollouts: Rollouts) -> float | None:
-        size = DecoderSize.of(model_folder.load_config(self.model))
-        if size is None:
+        if self._size is None:
             return None
         groups: dict[int, tuple[int, list[int]]] = {}
         for group, prompt, response in zip(rollouts.group_id.tolist(), *self.lengths(rollouts), strict=True):
             groups.setdefault(group, (prompt, []))[1].append(response)
-        return size.forward(list(groups.values()))
+        return self._size.forward(list(groups.values()))
 
     # ----------------------------------------------------------------------------------------------------- the network
 

@@ -12,10 +12,17 @@ import torch
 from mmrl_core.contracts import MemoryStats, Rollouts
 from mmrl_core.grpo.collect import SampleRow, StepBatch
 from mmrl_core.grpo.step_metrics import step_metrics
-from mmrl_core.world import World
 
 TIMING = {"timing/all": 4.0, "timing/update": 2.0, "timing/rollout": 1.0}
-OF_TOKENS = ("prompt_length/", "response_length/", "perf/tokens", "e2e_tps", "update_tps", "vllm_tps")
+OF_TOKENS = (
+    "prompt_length/",
+    "response_length/",
+    "perf/tokens",
+    "perf/throughput",
+    "e2e_tps",
+    "update_tps",
+    "vllm_tps",
+)
 
 
 def row(sample: int) -> SampleRow:
@@ -34,21 +41,35 @@ def row(sample: int) -> SampleRow:
     )
 
 
-def metrics(table: list[SampleRow], *, ranks: int = 1, timing: dict[str, float] | None = None) -> dict[str, float]:
+def metrics(
+    table: list[SampleRow],
+    *,
+    ranks: int = 1,
+    timing: dict[str, float] | None = None,
+    peak: float | None = None,
+    flops: tuple[float | None, ...] = (None,),
+    rows: int = 0,
+) -> dict[str, float]:
+    """`flops` are what the ranks' policies count for a forward; this rank is the first."""
     run: Any = SimpleNamespace(
-        recipe=SimpleNamespace(algorithm=SimpleNamespace(dynamic_sampling=None)),
+        recipe=SimpleNamespace(
+            algorithm=SimpleNamespace(dynamic_sampling=None, epochs=2), model=SimpleNamespace(dtype="bfloat16")
+        ),
+        engine=SimpleNamespace(replica=SimpleNamespace(is_root=True)),
+        policy=SimpleNamespace(flops=lambda rollouts: flops[0]),
         progress=SimpleNamespace(cursor=6),
         source=range(12),
-        world=World(size=ranks),
-        device=SimpleNamespace(memory=lambda: MemoryStats(allocated=None, peak=None, total=None)),
+        world=SimpleNamespace(size=ranks, gather=lambda mine: [mine, *flops[1:]]),
+        device=SimpleNamespace(
+            memory=lambda: MemoryStats(allocated=None, peak=None, total=None), peak_flops=lambda dtype: peak
+        ),
     )
-    nothing = torch.zeros(0, dtype=torch.int64)
     rollouts = Rollouts(
-        group_id=nothing,
-        sample_id=nothing,
-        mask=torch.zeros(0, 1, dtype=torch.bool),
-        behaviour_log_probs=torch.zeros(0, 1),
-        truncated=torch.zeros(0, dtype=torch.bool),
+        group_id=torch.arange(rows),
+        sample_id=torch.arange(rows),
+        mask=torch.zeros(rows, 1, dtype=torch.bool),
+        behaviour_log_probs=torch.zeros(rows, 1),
+        truncated=torch.zeros(rows, dtype=torch.bool),
         policy_version=3,
         payload={},
     )
@@ -72,6 +93,7 @@ def test_with_tokens() -> None:
     assert found["response_length/truncated_fraction"] == 0.25
     assert found["perf/tokens"] == 46
     assert found["e2e_tps"] == pytest.approx(46 / 2 / 4)
+    assert found["perf/throughput"] == pytest.approx(46 / 2 / 4)
     assert found["perf/samples_per_second"] == 1.0, "all devices together"
     assert found["reward/second:look/mean"] == 1.0
     assert found["reward/right/format"] == 0.25
@@ -90,3 +112,15 @@ def test_a_rate_without_time_is_unknown() -> None:
     found = metrics([row(i) for i in range(4)], timing={"timing/all": 0.0})
     assert "perf/samples_per_second" not in found
     assert "e2e_tps" not in found
+
+
+def test_utilisation_is_of_all_ranks_and_all_epochs() -> None:
+    found = metrics([row(0)], ranks=2, peak=1e12, flops=(2e10, 4e10), rows=4)
+    assert found["perf/mfu"] == pytest.approx(2 * 3 * 6e10 / (2.0 * 2 * 1e12))
+
+
+@pytest.mark.parametrize(
+    ("peak", "flops"), [(None, (2e10, 4e10)), (1e12, (None, 4e10)), (1e12, (2e10, None)), (1e12, (0.0, 0.0))]
+)
+def test_an_unknown_utilisation_is_absent(peak: float | None, flops: tuple[float | None, ...]) -> None:
+    assert "perf/mfu" not in metrics([row(0)], ranks=2, peak=peak, flops=flops, rows=4)
