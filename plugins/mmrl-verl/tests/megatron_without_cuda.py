@@ -2,7 +2,8 @@
 
 - megatron-core's assumptions about CUDA: the patches of mmrl-mindspeed;
 - verl lists the engine for CUDA and Ascend, and refuses fp32;
-- mbridge moves modules to a CUDA device, and builds them from TransformerEngine's layers, whose norms are inside the
+- mbridge moves modules to a CUDA device, as megatron-core's checkpoints do tensors;
+- mbridge builds modules from TransformerEngine's layers, whose norms are inside the
   layers that follow them: here from megatron-core's own, so their weights have other names;
 - verl passes a mask of padding, which TransformerEngine's attention reads together with the causal one and
   megatron-core's own takes for the whole mask: rows are padded at their ends, where the causal mask is enough;
@@ -36,6 +37,10 @@ def prepare() -> None:
 
     choose("cpu")
     apply_for("cpu")
+    for moved in (nn.Module, torch.Tensor):
+        moved.cuda = cast(Any, lambda self, *_, **__: self)
+    torch.cuda.synchronize = cast(Any, lambda *_: None)
+    torch.cuda.current_device = cast(Any, lambda: torch.device("cpu"))
     _verl()
     _mbridge()
     _attention()
@@ -81,7 +86,6 @@ def _mbridge() -> None:
     from mmrl_mindspeed.cpu_replacements import torch_on_cpu
 
     mbridge.core.util.torch = torch_on_cpu(torch)
-    nn.Module.cuda = cast(Any, lambda self, device=None: self)
 
     def own_layers(self: Any, vp_stage: int | None = None) -> Any:
         self.has_vp_stage = True
