@@ -2,66 +2,32 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
-from contextlib import redirect_stdout
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers.utils import logging as transformers_logging
 
 from mmrl_core.backends.optimizer import AdamW
 from mmrl_core.checkpoint.initial_weights import load_initial
-from mmrl_core.contracts import RunContext, TokenPolicy, TrainingSpec
-from mmrl_core.errors import ModelError
 from mmrl_core.lora import add_adapters
 from mmrl_core.text.model_folder import train_padding_row
+from mmrl_verl.building import Plan, model_config, quietly
 from mmrl_verl.platforms import choose, engine_class
 
 if TYPE_CHECKING:
     from mmrl_verl.options import VerlFsdp2Options
 
-log = logging.getLogger("mmrl.verl")
-
 PRECISION = {"float32": "fp32", "bfloat16": "bf16"}
 """verl's words."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What one engine is built from."""
-
-    context: RunContext
-    policy: TokenPolicy
-    training: TrainingSpec
-    options: VerlFsdp2Options
-    trained: bool
-    """False: the frozen reference, without adapters and optimizer."""
-
-
-class _Printed:
-    """A text stream that passes what verl prints on to the log."""
-
-    def write(self, text: str) -> int:
-        if text.strip():
-            log.info("verl: %s", text.strip())
-        return len(text)
-
-    def flush(self) -> None:
-        """Nothing is kept back."""
-
-
-def build(plan: Plan) -> tuple[Any, AdamW | None]:
+def build(plan: Plan[VerlFsdp2Options]) -> tuple[Any, AdamW | None]:
     """verl's engine, initialised, and the optimizer that steps its parameters (None for the reference). Collective.
 
     Raises BackendError, or ModelError when the model cannot be loaded.
     """
     choose(plan.context.device.torch_device.type)
-    transformers_logging.disable_progress_bar()
-    with warnings.catch_warnings(), redirect_stdout(_Printed()):
-        warnings.simplefilter("ignore")  # engines of frameworks that are not installed, one warning each
+    with quietly():
         engine = _engine_type(engine_class("fsdp2"), plan)(**_configs(plan))
         engine.initialize()
     _switch_off_dropout(engine.module)
@@ -72,25 +38,20 @@ def build(plan: Plan) -> tuple[Any, AdamW | None]:
     return engine, engine.adamw
 
 
-def _configs(plan: Plan) -> dict[str, Any]:
+def _configs(plan: Plan[VerlFsdp2Options]) -> dict[str, Any]:
     """The arguments of verl's engine."""
     from verl.trainer.config import CheckpointConfig
-    from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
+    from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig
 
     model, options, spec = plan.policy.model, plan.options, plan.training.optimizer
     attention = getattr(plan.policy.options, "attention", "sdpa")
-    try:
-        hf = HFModelConfig(
-            path=model.path,
-            load_tokenizer=False,
-            trust_remote_code=model.trust_remote_code,
-            use_remove_padding=options.remove_padding,
-            enable_gradient_checkpointing=options.activation_checkpointing and plan.trained,
-            override_config={"attn_implementation": attention},
-            lora_rank=model.lora.rank if model.lora is not None and plan.trained else 0,
-        )
-    except (OSError, ValueError) as error:
-        raise ModelError(f"model.path {model.path!r}: verl cannot read its config: {error}") from error
+    hf = model_config(
+        plan,
+        load_tokenizer=False,
+        enable_gradient_checkpointing=options.activation_checkpointing and plan.trained,
+        override_config={"attn_implementation": attention},
+        lora_rank=model.lora.rank if model.lora is not None and plan.trained else 0,
+    )
     precision = PRECISION[model.dtype]
     engine = FSDPEngineConfig(
         strategy="fsdp2",
@@ -122,7 +83,7 @@ def _configs(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _engine_type(base: Any, plan: Plan) -> Any:
+def _engine_type(base: Any, plan: Plan[VerlFsdp2Options]) -> Any:
     """verl's engine class with the recipe's initial weights, adapters and optimizer in the places verl gives them.
 
     Its own optimizer decays norms and biases too, has other schedules, and goes on after a gradient that is not finite.

@@ -17,7 +17,21 @@ def mmrl_training_backends() -> list[Component]:
             target="mmrl_verl.backend:VerlFsdp2Backend",
             options="mmrl_verl.options:VerlFsdp2Options",
             probe="mmrl_verl.probe:verl",
-        )
+        ),
+        Component(
+            name="verl-megatron",
+            summary="verl's Megatron engine, for text, on CUDA",
+            target="mmrl_verl.megatron_backend:VerlMegatronBackend",
+            options="mmrl_verl.megatron_options:VerlMegatronOptions",
+            probe="mmrl_verl.megatron_probe:megatron",
+        ),
+        Component(
+            name="verl-mindspeed",
+            summary="verl's MindSpeed engine (Megatron on Ascend), for text",
+            target="mmrl_verl.megatron_backend:VerlMindSpeedBackend",
+            options="mmrl_verl.megatron_options:VerlMegatronOptions",
+            probe="mmrl_verl.megatron_probe:mindspeed",
+        ),
     ]
 
 
