@@ -86,6 +86,28 @@ class DeviceConformance(ComponentConformance):
         assert layer.weight.grad is not None
         assert bool(layer.weight.grad.isfinite().all())
 
+    def test_tied_weights_stay_tied(self, ops: DeviceOps) -> None:
+        """An embedding whose weight is the output layer's too: moved to the device and back it is still one parameter,
+        with one gradient of both uses. PyTorch makes new parameters where a device does not let it replace data."""
+        torch.manual_seed(0)
+        embedding, head = torch.nn.Embedding(8, 4), torch.nn.Linear(4, 8, bias=False)
+        head.weight = embedding.weight
+        network = torch.nn.ModuleDict({"embedding": embedding, "head": head})
+        words, aim = torch.tensor([1, 5, 1]), torch.linspace(-1, 1, 24).reshape(3, 8)
+
+        def gradient(place: torch.device) -> torch.Tensor:
+            network.zero_grad()
+            ((head(embedding(words.to(place))) - aim.to(place)) ** 2).sum().backward()
+            assert embedding.weight.grad is not None
+            return embedding.weight.grad.detach().cpu()
+
+        expected = gradient(torch.device("cpu"))
+        for place in (ops.torch_device, torch.device("cpu")):
+            network.to(place)
+            assert embedding.weight.device.type == place.type
+            assert head.weight is embedding.weight, f"moving a module to {place} separates tied weights"
+            torch.testing.assert_close(gradient(place), expected, rtol=1e-3, atol=1e-4)
+
     def test_seed_makes_random_numbers_repeat(self, ops: DeviceOps) -> None:
         """Both the device's generator and the CPU's."""
 
