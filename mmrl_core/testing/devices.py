@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -183,6 +184,15 @@ class DeviceConformance(ComponentConformance):
         with torch.profiler.profile(activities=activities) as profile:
             self._work(ops, 16)
         assert profile.key_averages()
+
+    def test_profile_is_written(self, ops: DeviceOps, tmp_path: Path) -> None:
+        """A profile of a step is there after it, under its own name; the block does what it always does."""
+        for name in ("step_00000001_rank0", "step_00000002_rank0"):
+            with ops.profile(tmp_path / "profile", name):
+                assert bool(self._work(ops, 16).isfinite().all())
+            written = [path for path in (tmp_path / "profile").iterdir() if path.name.startswith(name)]
+            assert written, f"no profile {name}"
+            assert all(any(path.iterdir()) if path.is_dir() else path.stat().st_size for path in written)
 
     def test_peaks_are_plausible_or_unknown(self, ops: DeviceOps) -> None:
         """Utilisation is a fraction of these: from a data sheet, or None."""
