@@ -25,9 +25,12 @@ TOLERANCE = 1e-6
 """Relative L2 distance between what the device and the CPU compute, fp32, without patches."""
 PATCHED = 1e-5
 """The same with the fused operators in the place of those that they fuse."""
-CHANGE = 1e-4
-"""Relative L2 distance between what one update changed. AdamW divides a gradient by its own size, so where there is
-nothing but rounding a weight moves by the learning rate in some direction; weights as a whole do not show that."""
+CHANGE = {("text", "unpatched"): 1e-6, ("dit", "unpatched"): 1e-6, ("dit", "patched"): 1e-6}
+"""Relative L2 distance between what one update changed, where both have the same gradients bit for bit."""
+CHANGE_ELSEWHERE = 1e-2
+"""And where they have not: FLUX, whose rotary tables diffusers makes in float64 but on NPUs, and networks with patches.
+AdamW divides a gradient by its own size, so a weight whose gradient is nothing but rounding moves by the learning rate,
+in some direction."""
 REGISTERED = frozenset((HERE / "torch_npu_operators.txt").read_text(encoding="utf-8").split())
 """Operators that torch_npu 2.7.1 and 2.13.0 both have kernels for: the lists of native functions in their wheels.
 (`gelu` is functional in one and has a given result in the other.)"""
@@ -81,7 +84,7 @@ def test_an_update_is_that_of_the_cpu(model: str, fused: set[str], way: str, upd
     found = updates[f"{model} {way}"]
     limit = TOLERANCE if way == "unpatched" else PATCHED
     assert {k: found[k] for k in ("sampled", "log-probs", "loss", "gradients", "weights") if found[k] >= limit} == {}
-    assert 0 <= found["change"] < CHANGE
+    assert found["change"] < CHANGE.get((model, way), CHANGE_ELSEWHERE)
     assert set(found["operators"]) == (fused if way == "patched" else set())
 
 
