@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
@@ -358,6 +358,17 @@ class DeviceOps(ABC):
     @abstractmethod
     def profiler_activities(self) -> Sequence[Any]:
         """Activities for `torch.profiler.profile`."""
+
+    @contextmanager
+    def profile(self, folder: Path, name: str) -> Iterator[None]:
+        """Record what the block does, on the host and on the device, into files or folders in `folder` whose names
+        begin with `name`. By default torch.profiler's trace, `NAME.json`; a block that raises leaves none."""
+        import torch
+
+        with torch.profiler.profile(activities=list(self.profiler_activities())) as profiler:
+            yield
+        folder.mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(str(folder / f"{name}.json"))
 
     def peak_flops(self, dtype: torch.dtype) -> float | None:
         """Peak FLOP/s from the vendor's data sheet, or None: unknown is unknown."""

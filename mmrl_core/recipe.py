@@ -333,6 +333,15 @@ class CheckpointSpec(Spec):
     """Write an ordinary Hugging Face folder `export/` at the end."""
 
 
+class ProfileSpec(Spec):
+    """Steps that are recorded by the device's profiler, into `profile/` of the run folder."""
+
+    steps: list[Positive] = Field(min_length=1)
+    """Which steps. The first ones of a run, or of a session, do work that later ones do not."""
+    ranks: list[NonNegative] = [0]
+    """On which ranks."""
+
+
 class EvalSpec(Spec):
     """Held-out evaluation."""
 
@@ -389,6 +398,8 @@ class Recipe(Spec):
     """Saving and resuming."""
     eval: EvalSpec | None = None
     """Held-out evaluation."""
+    profile: ProfileSpec | None = None
+    """Steps to record with the device's profiler, or null."""
     writers: list[Choice] = [Choice(name="console"), Choice(name="jsonl"), Choice(name="tensorboard")]
     """Where metrics go."""
     show_samples: NonNegative = 8

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -39,6 +40,8 @@ from mmrl_core.rows import stack_rows
 
 log = logging.getLogger("mmrl.train")
 
+PROFILES = "profile"
+"""Folder of profiles in the run folder."""
 MAX_IDLE_STEPS = 3
 """Steps in a row without a single usable group after which the run stops: nothing is being learned."""
 
@@ -53,7 +56,8 @@ def train(run: Run) -> str:
     while run.progress.step < total:
         step = run.progress.step + 1
         started = time.perf_counter()
-        learned, batch = train_step(run, step, layouts)
+        with profiled(run, step):
+            learned, batch = train_step(run, step, layouts)
         run.progress.step = step
         run.progress.seconds += time.perf_counter() - started
         if evaluator is not None and evaluator.spec.every and step % evaluator.spec.every == 0:
@@ -81,6 +85,16 @@ def evaluate(run: Run, evaluator: Evaluator) -> Evaluation:
     check_known(metrics)
     run.observers.evaluation_end(run.progress.step, metrics, result.samples)
     return result
+
+
+def profiled(run: Run, step: int) -> AbstractContextManager[None]:
+    """Records the block where the recipe asks for a profile of this step on this rank."""
+    spec = run.recipe.profile
+    if spec is None or step not in spec.steps or run.world.rank not in spec.ranks:
+        return nullcontext()
+    name = f"step_{step:08d}_rank{run.world.rank}"
+    log.info("profile of step %d: %s", step, run.directory / PROFILES / name)
+    return run.device.profile(run.directory / PROFILES, name)
 
 
 def train_step(run: Run, step: int, layouts: Layouts) -> tuple[dict[str, float], StepBatch]:

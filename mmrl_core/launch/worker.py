@@ -98,7 +98,7 @@ def build(recipe: Recipe, selection: Selection, world: World, device: Any, rewar
         sampling=selection.sampling,
         evaluator=components.create_evaluator(recipe, selection, world, policy, engine, rewards),
         observers=RunObservers(load_plugins(), selection.writers) if world.is_main else NoObservers(),
-        timers=PhaseTimers(device.synchronize),
+        timers=PhaseTimers(device.synchronize, mark=torch.profiler.record_function),
         store=CheckpointStore(recipe.directory, world, recipe.checkpoint.keep),
         stop_requested=lambda: False,
         facts={"recipe": shaping_fields(recipe), "data_digest": data_digest},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 from mmrl_core.metrics.names import PARTS, TIMING
@@ -35,9 +35,16 @@ class PhaseTimers:
     counted in `reference_model` too. So timing/all is at least the sum of the phases within it, whatever the nesting.
     """
 
-    def __init__(self, synchronize: Callable[[], None], clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self,
+        synchronize: Callable[[], None],
+        clock: Callable[[], float] = time.perf_counter,
+        mark: Callable[[str], AbstractContextManager[object]] = nullcontext,
+    ) -> None:
+        """`mark("timing/PHASE")` is entered for the length of each phase, to show it in a profile."""
         self._synchronize = synchronize
         self._clock = clock
+        self._mark = mark
         self._open: list[_Open] = []
         self._seconds = dict.fromkeys(_PHASES, 0.0)
 
@@ -53,8 +60,9 @@ class PhaseTimers:
         entry = _Open(phase=phase, begin=self._clock())
         self._open.append(entry)
         try:
-            yield
-            self._synchronize()
+            with self._mark(f"timing/{phase}"):
+                yield
+                self._synchronize()
         finally:
             elapsed = self._clock() - entry.begin
             self._open.pop()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -86,6 +87,28 @@ class DeviceConformance(ComponentConformance):
         assert layer.weight.grad is not None
         assert bool(layer.weight.grad.isfinite().all())
 
+    def test_tied_weights_stay_tied(self, ops: DeviceOps) -> None:
+        """An embedding whose weight is the output layer's too: moved to the device and back it is still one parameter,
+        with one gradient of both uses. PyTorch makes new parameters where a device does not let it replace data."""
+        torch.manual_seed(0)
+        embedding, head = torch.nn.Embedding(8, 4), torch.nn.Linear(4, 8, bias=False)
+        head.weight = embedding.weight
+        network = torch.nn.ModuleDict({"embedding": embedding, "head": head})
+        words, aim = torch.tensor([1, 5, 1]), torch.linspace(-1, 1, 24).reshape(3, 8)
+
+        def gradient(place: torch.device) -> torch.Tensor:
+            network.zero_grad()
+            ((head(embedding(words.to(place))) - aim.to(place)) ** 2).sum().backward()
+            assert embedding.weight.grad is not None
+            return embedding.weight.grad.detach().cpu()
+
+        expected = gradient(torch.device("cpu"))
+        for place in (ops.torch_device, torch.device("cpu")):
+            network.to(place)
+            assert embedding.weight.device.type == place.type
+            assert head.weight is embedding.weight, f"moving a module to {place} separates tied weights"
+            torch.testing.assert_close(gradient(place), expected, rtol=1e-3, atol=1e-4)
+
     def test_seed_makes_random_numbers_repeat(self, ops: DeviceOps) -> None:
         """Both the device's generator and the CPU's."""
 
@@ -161,6 +184,15 @@ class DeviceConformance(ComponentConformance):
         with torch.profiler.profile(activities=activities) as profile:
             self._work(ops, 16)
         assert profile.key_averages()
+
+    def test_profile_is_written(self, ops: DeviceOps, tmp_path: Path) -> None:
+        """A profile of a step is there after it, under its own name; the block does what it always does."""
+        for name in ("step_00000001_rank0", "step_00000002_rank0"):
+            with ops.profile(tmp_path / "profile", name):
+                assert bool(self._work(ops, 16).isfinite().all())
+            written = [path for path in (tmp_path / "profile").iterdir() if path.name.startswith(name)]
+            assert written, f"no profile {name}"
+            assert all(any(path.iterdir()) if path.is_dir() else path.stat().st_size for path in written)
 
     def test_peaks_are_plausible_or_unknown(self, ops: DeviceOps) -> None:
         """Utilisation is a fraction of these: from a data sheet, or None."""

@@ -13,6 +13,7 @@ import torch
 from mmrl_core.backends import fsdp2, weight_stream
 from mmrl_core.backends.optimizer import AdamW, UpdateGuard
 from mmrl_core.contracts import Prompt, PromptSource, Reward, RewardResult, Sample
+from mmrl_core.devices.cpu import CpuDevice
 from mmrl_core.errors import BackendError
 from mmrl_core.hookspecs import Component, hookimpl
 from mmrl_core.plugins import load_plugins
@@ -23,6 +24,7 @@ from mmrl_core.testing.backend_replicas import ReplicaChecks, Seen
 from mmrl_core.testing.backend_stage import BackendStage, Bench
 from mmrl_core.testing.backends import BackendConformance
 from mmrl_core.testing.components import ComponentConformance
+from mmrl_core.testing.devices import DeviceConformance
 from mmrl_core.testing.engine_stage import EngineStage, Studio
 from mmrl_core.testing.engines import RolloutEngineConformance
 from mmrl_core.testing.prompt_sources import PromptSourceConformance
@@ -30,6 +32,26 @@ from mmrl_core.testing.rewards import RewardConformance
 from mmrl_core.testing.texts import text_rollouts
 from mmrl_core.testing.tiny import tiny_language_model, tiny_recipe
 from mmrl_core.testing.writers import WriterConformance
+
+# -------------------------------------------------------------------------------------------------------------- devices
+
+
+class NewParameters(CpuDevice):
+    """PyTorch may not replace a host tensor's data by this device's, as with one that does not say that it may."""
+
+    @property
+    def torch_device(self) -> torch.device:
+        return torch.device("meta")
+
+
+class FaultyDevice(DeviceConformance):
+    component = "cpu"
+
+
+def test_faulty_device() -> None:
+    with pytest.raises(AssertionError, match="moving a module to meta separates tied weights"):
+        FaultyDevice().test_tied_weights_stay_tied(NewParameters())
+
 
 # ------------------------------------------------------------------------------------------------------------- backends
 

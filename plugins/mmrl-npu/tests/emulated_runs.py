@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from mmrl_core.policies.flow.dit import ClassConditionalDiT, DitConfig, write_folder
 from mmrl_core.testing.tiny import tiny_language_model, tiny_recipe, write_recipe_file
+from mmrl_core.testing.tiny_pipelines import tiny_pipeline
 
 HERE = Path(__file__).parent
 EMULATOR = HERE / "emulator"
@@ -67,6 +68,45 @@ def python(*arguments: str, cwd: Path, **more: str) -> subprocess.CompletedProce
     )
 
 
+def tiny_text(model: Path) -> dict[str, Any]:
+    """A recipe for a language model, which is written to `model`. Optimizer and attention are the defaults."""
+    tiny_language_model(model, end_tokens="0123456789abcdef")
+    rewards = [{"name": "length", "run": "inline", "maximum": 1, "ramp": 5}]
+    return tiny_recipe(model, "unset", rewards=rewards, checkpoint={"export": True})
+
+
+def tiny_dit(model: Path) -> dict[str, Any]:
+    """The same for a small diffusion model of ours."""
+    torch.manual_seed(0)
+    network = ClassConditionalDiT(
+        DitConfig(sample_size=8, width=32, depth=2, heads=2, classes=[str(d) for d in range(10)])
+    )
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    write_folder(model, network, shift=3.0)
+    return _drawing(model, 8, 8)
+
+
+def tiny_flux(model: Path) -> dict[str, Any]:
+    """The same for a random FLUX.1 folder: text encoders, transformer, VAE."""
+    return _drawing(tiny_pipeline(model, "flux"), 16, 32, max_text_tokens=8)
+
+
+def _drawing(model: Path, height: int, width: int, **policy: Any) -> dict[str, Any]:
+    recipe = tiny_recipe(
+        model,
+        "unset",
+        model={"policy": {"name": "flow", **policy}},
+        rollout={"name": "flow"},
+        data={"name": "digits"},
+        rewards=[{"name": "brightness", "run": "inline"}],
+        checkpoint={"export": True},
+    )
+    recipe["sampling"] = {"steps": 4, "height": height, "width": width}
+    return recipe
+
+
 @dataclass(frozen=True)
 class Workshop:
     """A folder with tiny models and one recipe for each, and runs of `mmrl train` in it."""
@@ -75,35 +115,15 @@ class Workshop:
 
     @classmethod
     def make(cls, folder: Path) -> Workshop:
-        """A language model and a diffusion model, fp32. AdamW's eps keeps an update proportional to its gradient, so
-        that a rounding of a gradient near 0 stays one; attention is computed step by step, on the CPU as well."""
-        text = tiny_language_model(folder / "lm", end_tokens="0123456789abcdef")
-        common: dict[str, Any] = {"checkpoint": {"export": True}, "optimizer": {"eps": 1e-2, "lr": 1e-1}}
-        policy = {"name": "causal_lm", "attention": "eager"}
-        rewards = [{"name": "length", "run": "inline", "maximum": 1, "ramp": 5}]
-        write_recipe_file(
-            folder / "text.yaml", tiny_recipe(text, "unset", model={"policy": policy}, rewards=rewards, **common)
-        )
-        torch.manual_seed(0)
-        network = ClassConditionalDiT(
-            DitConfig(sample_size=8, width=32, depth=2, heads=2, classes=[str(d) for d in range(10)])
-        )
-        with torch.no_grad():
-            for parameter in network.parameters():
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-        write_folder(folder / "dit", network, shift=3.0)
-        flow = tiny_recipe(
-            folder / "dit",
-            "unset",
-            model={"policy": "flow"},
-            rollout={"name": "flow"},
-            data={"name": "digits"},
-            rewards=[{"name": "brightness", "run": "inline"}],
-            **common,
-        )
-        flow["sampling"] = {"steps": 4, "height": 8, "width": 8}
-        write_recipe_file(folder / "flow.yaml", flow)
+        """A language model and FLUX."""
+        for name, make in (("text", tiny_text), ("flux", tiny_flux)):
+            write_recipe_file(folder / f"{name}.yaml", make(folder / name))
         return cls(folder)
+
+    def trained(self, recipe: str, run: str, *overrides: str) -> Path:
+        """`train`, unless that run has been made already."""
+        done = (self.folder / run / "summary.json").is_file()
+        return self.folder / run if done else self.train(recipe, run, *overrides)
 
     def train(self, recipe: str, run: str, *overrides: str) -> Path:
         """`mmrl train`; returns the run folder."""
@@ -125,11 +145,3 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     """Of an exported model, or of a model's folder."""
     (file,) = [*folder.glob("*.safetensors"), *folder.glob("transformer/*.safetensors")]
     return dict(load_file(file))
-
-
-def difference(ours: dict[str, torch.Tensor], other: dict[str, torch.Tensor], start: dict[str, torch.Tensor]) -> float:
-    """How far two updates of the same start are apart, relative to the second: L2 over all weights."""
-    apart = sum(float((ours[n] - other[n]).double().square().sum()) for n in other)
-    moved = sum(float((other[n] - start[n]).double().square().sum()) for n in other)
-    assert moved > 0, "nothing was learnt"
-    return float((apart / moved) ** 0.5)

@@ -8,14 +8,13 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import npu_reference_ops
 import torch
-import torch_npu
 from mmrl_npu.device import NpuDevice
 from mmrl_npu.options import NpuOptions
 from mmrl_npu.patches import NAMES
 from npu_tiny_networks import FAMILIES, output
 from torch import Tensor, nn
+from torch_npu.fused import CALLS
 
 
 def run(network: nn.Module, inputs: dict[str, Any], place: torch.device) -> dict[str, Tensor]:
@@ -35,7 +34,6 @@ def difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
 
 def main() -> None:
     """For each family: deviations and operators, patched and after reverting."""
-    npu_reference_ops.put_into(torch_npu)
     device = NpuDevice(NpuOptions(patches=dict.fromkeys(NAMES, True)))
     place = device.activate(0)
     assert device.patches is not None
@@ -46,15 +44,15 @@ def main() -> None:
         torch.manual_seed(3)
         network, inputs = family.build(), family.inputs()
         expected = run(network, inputs, torch.device("cpu"))
-        npu_reference_ops.CALLS.clear()
+        CALLS.clear()
         deviation = difference(run(network, inputs, place), expected)
-        results[name] = {"patched": deviation, "operators": dict(npu_reference_ops.CALLS)}
+        results[name] = {"patched": deviation, "operators": dict(CALLS)}
         cases[name] = network, inputs, expected
     device.patches.revert()
     for name, (network, inputs, expected) in cases.items():
-        npu_reference_ops.CALLS.clear()
+        CALLS.clear()
         results[name]["reverted"] = difference(run(network, inputs, place), expected)
-        results[name]["operators reverted"] = dict(npu_reference_ops.CALLS)
+        results[name]["operators reverted"] = dict(CALLS)
     print("\n" + json.dumps(results))
 
 

@@ -7,15 +7,20 @@ whose shapes and dtypes come from the vendor's own code.
 from __future__ import annotations
 
 import collections
+import contextlib
+import io
 import json
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch_npu
 import torch_npu.op_plugin.meta._meta_registrations as registrations
+from mmrl_npu.device import NpuDevice
+from mmrl_npu.options import NpuOptions
 from mmrl_npu.patches import NAMES, apply_chosen
 from npu_tiny_networks import FAMILIES, output
 from torch import Tensor
@@ -91,6 +96,23 @@ def optimizer() -> dict[str, Any]:
     return {"operators": recorder.shown()}
 
 
+def profiler() -> dict[str, Any]:
+    """The vendor's profiler as the device makes it, for each level, not started: [level, whether cores are watched]."""
+    vendor = torch_npu.profiler
+    said = io.StringIO()
+    configured = []
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        for level in (0, 1, 2):
+            made = NpuDevice(NpuOptions(profiler_level=level))._profiler(Path("profile"), f"step_{level}")
+            config = made.prof_if.experimental_config
+            assert made.prof_if.activities == {vendor.ProfilerActivity.CPU, vendor.ProfilerActivity.NPU}
+            levels = [getattr(vendor.ProfilerLevel, f"Level{number}") for number in (0, 1, 2)]
+            watched = config._aic_metrics == vendor.AiCMetrics.PipeUtilization
+            configured.append([levels.index(config._profiler_level), watched])
+            made.stopped = True  # or it stops itself when it is collected
+    return {"configured": configured, "said": said.getvalue()}
+
+
 def refusals() -> dict[str, Any]:
     """The vendor's code finds wrong calls, or these checks would show nothing."""
     said: dict[str, str] = {}
@@ -112,7 +134,7 @@ def refusals() -> dict[str, Any]:
 
 
 def main(cases: list[str]) -> None:
-    """Run the cases `network:NAME:default`, `gradients:NAME:all`, `optimizer`, `refusals`."""
+    """Run the cases `network:NAME:default`, `gradients:NAME:all`, `optimizer`, `profiler`, `refusals`."""
     sets: dict[str, bool | dict[str, bool]] = {"all": dict.fromkeys(NAMES, True), "default": True, "none": False}
     results: dict[str, Any] = {"torch_npu": torch_npu.__version__, "devices": torch.npu.device_count()}
     for case in cases:
@@ -124,7 +146,7 @@ def main(cases: list[str]) -> None:
             elif kind == "gradients":
                 results[case] = gradients(name, sets[patches])
             else:
-                results[case] = {"optimizer": optimizer, "refusals": refusals}[kind]()
+                results[case] = {"optimizer": optimizer, "profiler": profiler, "refusals": refusals}[kind]()
         except Exception as error:  # noqa: BLE001 - the parent process asserts on it
             results[case] = {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc(limit=-4)}
     print("\n" + json.dumps(results))

@@ -9,11 +9,14 @@ from pathlib import Path
 
 import pytest
 
+_UNUSED = ("torch_npu/include/", "torch_npu/csrc/", "torch_npu/testing/")
+"""Folders for those who compile against it, or test it."""
+
 
 def download(version: str, folder: Path) -> Path:
     """The wheel of this version (25 to 44 MB) for Linux on x86-64 and Python 3.11. Skips the test, saying why, where no
     index has it."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-cache-dir"]
     options = ["--no-deps", "--only-binary=:all:", "--python-version", "3.11"]
     wanted = ["--platform", "manylinux_2_28_x86_64", f"torch-npu=={version}", "--dest", str(folder)]
     done = subprocess.run([*command, *options, *wanted], capture_output=True, text=True, check=False, timeout=500)
@@ -24,7 +27,9 @@ def download(version: str, folder: Path) -> Path:
 
 
 def unpack(wheel: Path, folder: Path) -> Path:
-    """`folder`, with the wheel's files in it."""
+    """`folder`, with what of the wheel an import needs (110 MB); the wheel itself is removed."""
     with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(folder)
+        needed = [name for name in archive.namelist() if not name.startswith(_UNUSED) and not name.endswith(".a")]
+        archive.extractall(folder, needed)
+    wheel.unlink()
     return folder

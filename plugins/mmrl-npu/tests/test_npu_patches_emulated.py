@@ -37,18 +37,3 @@ def test_patched_on_the_device_as_unpatched_on_the_cpu(name: str, results: dict[
     assert case["operators"] == {**FAMILIES[name].all, **LIBRARYS_OWN.get(name, {})}
     assert case["reverted"] < TOLERANCE
     assert case["operators reverted"] == LIBRARYS_OWN.get(name, {})
-
-
-def test_a_patched_run_learns_what_the_cpu_does(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Two GRPO steps of a language model through `mmrl train`, with the patches that are on by default."""
-    emulated_runs.require_emulator()
-    workshop = emulated_runs.Workshop.make(tmp_path_factory.mktemp("workshop"))
-    start = emulated_runs.weights(workshop.folder / "lm")
-    expected = emulated_runs.weights(workshop.train("text", "cpu", "device=cpu") / "export")
-    run = workshop.train("text", "patched", "device=npu")
-    found = emulated_runs.weights(run / "export")
-    assert found.keys() == expected.keys() == start.keys()
-    assert 0 < emulated_runs.difference(found, expected, start) < TOLERANCE
-    assert "patches in force: transformers-rms-norm, transformers-swiglu, transformers-rotary" in (
-        (run / "run.log").read_text(encoding="utf-8")
-    )

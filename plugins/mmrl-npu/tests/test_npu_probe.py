@@ -16,6 +16,8 @@ from mmrl_npu.machine import Machine
 from mmrl_npu.probe import examine
 from mmrl_npu.versions import CANN_OF_TORCH_NPU, cann_match, torch_match
 
+from mmrl_core.testing.tiny import tiny_recipe, write_recipe_file
+
 
 @pytest.fixture
 def site(tmp_path: Path) -> Site:
@@ -147,33 +149,48 @@ def test_unknown_is_unknown(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------ harmless
 
 IMPORTED = """
-import json, sys
-from mmrl_core.cli import main
-from mmrl_core.plugins import load_plugins
-for found in load_plugins().found("device"):
-    found.probe()
-before = sorted({name.partition(".")[0] for name in sys.modules})
-import torch
-print(json.dumps([before, sorted({name.partition(".")[0] for name in sys.modules})]))
+import contextlib, importlib.metadata, io, json, sys
+
+hidden, recipe = sys.argv[1:]
+find = importlib.metadata.entry_points
+importlib.metadata.entry_points = lambda **what: [e for e in find(**what) if e.value != hidden]
+from mmrl_core.cli.main import main
+
+seen, said = {}, {}
+for command in (["--help"], ["plugins"], ["recipe", "check", recipe], ["doctor"]):
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output), contextlib.suppress(SystemExit):
+        main(command)
+    seen[command[0]] = sorted({name.partition(".")[0] for name in sys.modules})
+    said[command[0]] = output.getvalue()
+print(json.dumps([seen, said]))
 """
 
 
-def test_installed_here_it_changes_no_third_party_import() -> None:
-    """Listing and probing with the plugin loads no package that they do not load without it; nor does torch."""
+def test_installed_here_it_changes_no_third_party_import(tmp_path: Path) -> None:
+    """On a machine without CANN: `mmrl --help`, listing, checking a recipe and diagnosing, which imports torch, load no
+    package with the plugin's entry point that they do not load without it; the plugin's own comes on top."""
+    recipe = write_recipe_file(tmp_path / "recipe.yaml", {**tiny_recipe("model", "run"), "device": "auto"})
     kept = {k: v for k, v in os.environ.items() if k not in ("MMRL_PLUGINS", "MMRL_DISABLE_PLUGINS")}
-    seen = []
-    for more in ({}, {"MMRL_DISABLE_PLUGINS": "mmrl-npu"}):
+    answers = []
+    for hidden in ("nothing", "mmrl_npu.plugin"):
         done = subprocess.run(
-            [sys.executable, "-c", IMPORTED],
-            env={**kept, **more},
+            [sys.executable, "-c", IMPORTED, hidden, str(recipe)],
+            env=kept,
             capture_output=True,
             text=True,
             timeout=300,
             check=False,
         )
         assert done.returncode == 0, done.stderr
-        seen.append([set(names) for names in json.loads(done.stdout)])
-    with_it, without = seen
-    assert with_it[0] - without[0] == {"mmrl_npu"}
-    assert with_it[1] - without[1] == {"mmrl_npu"}
-    assert not {"torch", "torch_npu"} & with_it[0]
+        answers.append(json.loads(done.stdout))
+    (with_it, said), (without, said_without) = answers
+    for moment in ("--help", "plugins", "recipe", "doctor"):
+        more = set(with_it[moment]) - set(without[moment])
+        assert more == (set() if moment == "--help" else {"mmrl_npu"}), moment
+        assert not set(without[moment]) - set(with_it[moment])
+        assert "torch_npu" not in with_it[moment]
+        assert "torch" not in with_it[moment] or moment == "doctor"
+    assert "mmrl-npu" in said["plugins"]
+    assert "mmrl-npu" not in said_without["plugins"]
+    assert "ok" in said["recipe"].lower()

@@ -5,6 +5,7 @@ The schemas come from the wheels, by `extract_schemas.py`; nothing of torch_npu 
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -102,11 +103,21 @@ def test_the_first_argument_goes_by_position(call: Call) -> None:
     assert call.positional >= 1
 
 
+def test_every_operator_is_emulated() -> None:
+    """By one of its own, so that everything that a patch can call runs on the emulated device and in these tests."""
+    assert {operator.__name__ for operator in npu_reference_ops.OPERATORS} == called_operators()
+
+
+@pytest.mark.parametrize("call", calls(), ids=lambda call: f"{call.operator}-{call.where}")
+def test_the_emulation_takes_every_call(call: Call) -> None:
+    """As many arguments by position, and the others by these names."""
+    operator = next(o for o in npu_reference_ops.OPERATORS if o.__name__ == call.operator)
+    inspect.signature(operator).bind(*range(call.positional), **dict.fromkeys(call.keywords))
+
+
 @pytest.mark.parametrize("version", VERSIONS)
 def test_the_reference_operators_have_the_vendors_signatures(version: str) -> None:
     """What the numerical tests put in the place of torch_npu takes no argument that the real one refuses."""
-    import inspect
-
     for operator in npu_reference_ops.OPERATORS:
         schema = parsed(committed(version)[operator.__name__]["schema"])
         known = [a.name for a in schema.arguments]

@@ -13,6 +13,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,12 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             pytest.skip(f"{tool} is missing: the empty CANN libraries cannot be built (install gcc and binutils)")
     if (platform.system(), platform.machine()) != ("Linux", "x86_64") or sys.version_info[:2] != (3, 11):
         pytest.skip("the wheel that is used is for Linux on x86-64 and Python 3.11")
-    folder = tmp_path_factory.mktemp("torch_npu")
+    with tempfile.TemporaryDirectory(dir=tmp_path_factory.getbasetemp()) as folder:
+        return look(Path(folder))
+
+
+def look(folder: Path) -> dict[str, Any]:
+    """Unpack, build, import and run in `folder`."""
     version = importlib.metadata.version("torch").partition("+")[0]
     wheel = npu_wheels.unpack(npu_wheels.download(version, folder), folder / "wheel")
     libraries = folder / "libraries"
@@ -59,7 +65,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     }
     program = Path(__file__).with_name("npu_stub_program.py")
     done = subprocess.run(
-        [sys.executable, str(program), *cases, "optimizer", "refusals"],
+        [sys.executable, str(program), *cases, "optimizer", "refusals", "profiler"],
+        cwd=folder,
         capture_output=True,
         text=True,
         check=False,
@@ -114,6 +121,12 @@ def test_fused_adamw_is_torchs_own(results: dict[str, Any]) -> None:
     case = results["optimizer"]
     assert "error" not in case, case
     assert case["operators"] == {"aten._fused_adamw_.default": 1}
+
+
+def test_the_profiler_is_the_vendors(results: dict[str, Any]) -> None:
+    """Every level: its own classes take our settings as they are; what they do not like they replace, and say so."""
+    assert results["profiler"]["configured"] == [[level, level > 0] for level in (0, 1, 2)]
+    assert results["profiler"]["said"] == ""
 
 
 def test_wrong_calls_are_refused(results: dict[str, Any]) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -18,6 +21,8 @@ from mmrl_npu.environment import DETERMINISTIC
 from mmrl_npu.machine import here
 from mmrl_npu.options import NpuOptions
 from mmrl_npu.patches import apply_chosen
+
+log = logging.getLogger("mmrl.npu")
 
 _COLLECTIVES = "HCCL_DETERMINISTIC"
 _REPRODUCIBLE = ("true", "strict")
@@ -145,11 +150,35 @@ class NpuDevice(DeviceOps):
         return _elapsed(self._npu)
 
     def profiler_activities(self) -> Sequence[Any]:
-        """CPU activity, and the NPU's where this PyTorch can record it: torch_npu's kernels are otherwise seen only by
-        `torch_npu.profiler`, which is used in the place of `torch.profiler`."""
+        """CPU activity, and the NPU's where this PyTorch can record it. Kernels on the NPU are otherwise seen only by
+        `torch_npu.profiler`, which `profile` uses."""
         known = torch.profiler.supported_activities()  # type: ignore[no-untyped-call]
         wanted = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.PrivateUse1]
         return [activity for activity in wanted if activity in known]
+
+    @contextmanager
+    def profile(self, folder: Path, name: str) -> Iterator[None]:
+        """Record the block with `torch_npu.profiler` into `NAME_..._ascend_pt/` in `folder`, analysed. That profiler
+        says what goes wrong and carries on; a profile that is missing afterwards is one WARNING."""
+        folder.mkdir(parents=True, exist_ok=True)
+        with self._profiler(folder, name):
+            yield
+        if not any(folder.glob(f"{name}*")):
+            log.warning("torch_npu.profiler wrote no %s into %s; its own messages say why", name, folder)
+
+    def _profiler(self, folder: Path, name: str) -> Any:
+        """A `torch_npu.profiler.profile` that is not running yet."""
+        vendor = importlib.import_module("torch_npu.profiler")
+        level, metrics = self.options.profiler_level, vendor.AiCMetrics
+        return vendor.profile(
+            activities=[vendor.ProfilerActivity.CPU, vendor.ProfilerActivity.NPU],
+            on_trace_ready=vendor.tensorboard_trace_handler(str(folder), worker_name=name, analyse_flag=True),
+            experimental_config=vendor._ExperimentalConfig(
+                profiler_level=getattr(vendor.ProfilerLevel, f"Level{level}"),
+                aic_metrics=metrics.PipeUtilization if level > 0 else metrics.AiCoreNone,
+                export_type=vendor.ExportType.Text,
+            ),
+        )
 
     def fused_ops(self) -> frozenset[str]:
         """`adamw`, where the options ask for it: torch-npu has a kernel for `torch.optim.AdamW(fused=True)`."""

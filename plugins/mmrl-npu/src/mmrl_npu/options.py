@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import field_validator
 
 from mmrl_core.errors import nearest
@@ -17,6 +19,10 @@ class NpuOptions(Spec):
     none, or single ones by name: `{transformers-swiglu: false, diffusers-gelu: true}`."""
     fused_adamw: bool = False
     """Use `torch.optim.AdamW(fused=True)`, one kernel for each parameter."""
+
+    profiler_level: Literal[0, 1, 2] = 1
+    """How much `torch_npu.profiler` records of a step that the recipe profiles: 0 kernels and their times, 1 also what
+    keeps the cores busy and each collective, 2 also the runtime's own calls."""
 
     @field_validator("patches")
     @classmethod

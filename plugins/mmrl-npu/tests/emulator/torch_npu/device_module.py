@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from torch_npu import _device
+from torch_npu import _device, fused
 
 MEMORY = 64 << 30
 Place = Any
@@ -188,4 +188,5 @@ def _hccl(store: Any, rank: int, size: int, timeout: Any) -> Any:
 
 
 def _write_log(folder: Path) -> None:
-    (folder / f"{os.getpid()}.json").write_text(json.dumps(sorted(_device.calls())), encoding="utf-8")
+    ran = [*_device.calls(), *(f"npu::{name}" for name in fused.CALLS)]
+    (folder / f"{os.getpid()}.json").write_text(json.dumps(sorted(ran)), encoding="utf-8")

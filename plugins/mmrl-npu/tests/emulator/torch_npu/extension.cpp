@@ -6,6 +6,7 @@
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/EmptyTensor.h>
+#include <ATen/SDPBackend.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/detail/PrivateUse1HooksInterface.h>
 #include <ATen/native/CPUFallback.h>
@@ -17,7 +18,7 @@
 #include <ATen/ops/view_native.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <c10/core/impl/alloc_cpu.h>
-#include <torch/extension.h>
+#include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 
 #include <atomic>
@@ -269,6 +270,23 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> convolution_backward(
   return {back(of_x), back(of_weight), back(of_bias)};
 }
 
+// One kernel in torch_npu; here the one that a CPU takes for the same tensors.
+at::Tensor attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                     const std::optional<at::Tensor>& mask, double dropout, bool causal, std::optional<double> scale,
+                     bool grouped) {
+  record("aten::scaled_dot_product_attention");
+  auto on_host = mask ? std::optional<at::Tensor>(host(*mask)) : mask;
+  auto choice = at::_fused_sdp_choice(host(query), host(key), host(value), on_host, dropout, causal, scale, grouped);
+  if (static_cast<at::SDPBackend>(choice) != at::SDPBackend::flash_attention)
+    return std::get<0>(at::_scaled_dot_product_attention_math(query, key, value, mask, dropout, causal, std::nullopt,
+                                                              scale, grouped));
+  auto added = mask;
+  if (mask && mask->scalar_type() == at::kBool)
+    added = at::zeros_like(*mask, query.options()).masked_fill(mask->logical_not(), -INFINITY);
+  return std::get<0>(
+      at::_scaled_dot_product_flash_attention_for_cpu(query, key, value, dropout, causal, added, scale));
+}
+
 // ------------------------------------------------------------------------------------------------------- the fallback
 
 bool may_mix(const std::string& name) {  // operators that take host tensors on any device
@@ -299,7 +317,7 @@ bool takes_generator(const c10::Argument& argument) {
 void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const auto& schema = op.schema();
   const std::string name = schema.name(), full = c10::toString(schema.operator_name());
-  record(full);
+  if (name.find("_for_cpu") == std::string::npos) record(full);  // `attention` has recorded itself
   TORCH_CHECK_NOT_IMPLEMENTED(!refused_operators.count(name) && !refused_operators.count(full),
                               "npu (emulated): no operator ", full);
   const auto& arguments = schema.arguments();
@@ -337,7 +355,12 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("set_.source_Storage_storage_offset", set_storage_offset);
   m.impl("convolution_overrideable", convolution);
   m.impl("convolution_backward_overrideable", convolution_backward);
+  m.impl("scaled_dot_product_attention", attention);
+  // one kernel each on a CPU and in torch_npu; a formula of smaller ones for devices that do not say so
+  for (const char* name : {"silu_backward", "mish_backward", "native_layer_norm", "native_group_norm", "addr"})
+    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&fallback>());
 }
+TORCH_LIBRARY_IMPL(aten, AutogradPrivateUse1, m) { m.impl("scaled_dot_product_attention", attention); }
 TORCH_LIBRARY_IMPL(_, PrivateUse1, m) { m.fallback(torch::CppFunction::makeFromBoxedFunction<&fallback>()); }
 
 // ----------------------------------------------------------------------------------------------------------- autocast
