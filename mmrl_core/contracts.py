@@ -386,6 +386,9 @@ class DeviceOps(ABC):
 class Policy(ABC):
     """A model family: how prompts are encoded, how a trajectory is replayed, how weights are named and saved."""
 
+    steady_shapes: ClassVar[bool] = False
+    """Whether shard units see a handful of shapes in a whole run, so that a backend may compile them for each."""
+
     def __init__(self, options: Any, model: ModelSpec, sampling: Any) -> None:
         self.options = options
         self.model = model

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from flow_rig import GROUP, PROMPTS, STEPS, dit_folder, flow_recipe
-from peers.flow_plain import Work, check_same_work
+from peers.flow_plain import Work, check_same_work, our_recipe, our_side, parse, shared_rows
 from peers.plain_dance import UPDATES, PlainDance
 from rig import built_run
 
@@ -59,9 +59,23 @@ def test_equal_work_is_accepted_and_other_work_is_refused() -> None:
     less = Work(rows=3 * rows, trained_rows=3 * trained - 1, updates=6)
     more = Work(rows=3 * rows + 1, trained_rows=3 * trained, updates=6)
     once = Work(rows=3 * rows, trained_rows=3 * trained, updates=3)
-    for other in (less, more, once):
+    claims = Work(rows=3 * rows, shared=150, trained_rows=3 * trained, updates=6)
+    check_same_work({"ours": Work(rows=3 * (rows - 150), shared=150, trained_rows=3 * trained, updates=6)}, 3)
+    for other in (less, more, once, claims):
         with pytest.raises(SystemExit, match="plain has done"):
             check_same_work({"ours": done, "plain": other}, 3)
+
+
+@pytest.mark.parametrize("options", [[], ["--no-share"], ["--max-rows", "24"]])
+def test_our_shared_rows_are_known_beforehand(tmp_path: Path, options: list[str]) -> None:
+    arguments = parse(options)
+    values = our_recipe(flow_recipe(dit_folder(tmp_path / "model", depth=1, width=16), tmp_path), arguments)
+    shared = shared_rows(arguments)
+    assert shared == {"": 150, "--no-share": 0, "--max-rows": 160 - 13}[options[0] if options else ""]
+    with built_run(values, tmp_path) as run:
+        _, step, work = our_side(run, shared)
+        step()
+    check_same_work({"ours": work}, 1)
 
 
 def test_work_is_counted_in_network_and_optimizer(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from mmrl_core.backends import sharded_checkpoint, weight_stream
+from mmrl_core.backends.compiled import compile_units, refuse_unless_compilable
 from mmrl_core.backends.micro_batches import LossSums, accumulate, micro_batches, padded_chunks, row_chunks
 from mmrl_core.backends.optimizer import AdamW, global_norm
 from mmrl_core.contracts import (
@@ -50,6 +51,8 @@ class Fsdp2Backend(TrainingBackend):
         self._compute = getattr(torch, policy.model.dtype)
         if not context.device.supports(self._compute):
             raise BackendError(f"model.dtype {policy.model.dtype} is not supported on {context.device.name}")
+        if self.options.compile:
+            refuse_unless_compilable(policy, self.device)
         self._own_reference = training.reference and policy.model.lora is None
         # adapters are drawn at random on every rank, and every rank then keeps its slice: the draws must be the same
         torch.manual_seed(context.seed)
@@ -61,6 +64,8 @@ class Fsdp2Backend(TrainingBackend):
     def _build(self, *, trained: bool) -> nn.Module:
         # fp32 master weights whatever the precision of forward and backward
         module = self.policy.load(torch.float32, adapters=trained)
+        if self.options.compile:  # within what recomputes a block, and within what gathers and frees its weights
+            compile_units(self.policy.shard_units(module))
         if not trained:
             module.requires_grad_(False)
         elif self.options.activation_checkpointing:

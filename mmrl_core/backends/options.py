@@ -17,6 +17,9 @@ class Fsdp2Options(Spec):
     is then computed in each part) and `micro_batch_groups` does not apply."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass instead of keeping its activations."""
+    compile: bool = False
+    """Compile each block with `torch.compile`, for the policy flow. The first forward of every number of rows takes
+    seconds to minutes longer; later ones are faster."""
     reshard_after_forward: bool = True
     """Free a block's gathered weights after its forward (less memory) or keep them until backward (less traffic)."""
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from mmrl_core.flow.kernels import Kernel, StepTable, clean, log_prob, mean_of
 
-Velocity = Callable[[Tensor, Tensor], Tensor]
-"""(latents [b, ...] fp32, time [b] fp32) -> velocity [b, ...] fp32."""
+Velocity = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""(latents [r, ...] fp32, time [r] fp32, rows) -> velocity [r, ...] fp32. `rows`: which rows of the batch these are, in
+int64 on the latents' device; None: all of them, in order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,9 @@ class Course:
     """S: stochastic steps of each row, which never include the last step; 0: none."""
     guard: bool
     """Record means instead of log-probs, as GRPO-Guard needs them."""
+    alike: Tensor | None = None
+    """[b] int64: adjacent rows with one number have one initial noise, one window and one set of conditions. They are
+    one row until noise parts them, and the network computes them once. None: it computes every row."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +78,7 @@ def denoise(velocity: Velocity, start: Tensor, noise: Tensor, course: Course) ->
         before = _places(course.starts, step, width + 1 if width else 0)
         if before is not None:
             states[before] = x if len(before[0]) == rows else x[before[0]]
-        v = velocity(x, course.times[step].to(device).expand(rows))
+        v = _shared_velocity(velocity, x, step, course)
         if step == total - 1:
             break
         x = mean_of(of_x[:, step], of_v[:, step], x, v)
@@ -95,6 +99,29 @@ def denoise(velocity: Velocity, start: Tensor, noise: Tensor, course: Course) ->
         means=None if means is None else means.cpu(),
         final=clean(x, v, float(course.sigmas[-2])).cpu(),
     )
+
+
+def _shared_velocity(velocity: Velocity, x: Tensor, step: int, course: Course) -> Tensor:
+    """[b, ...]: the velocity of every row, computed once for rows that no noise has parted yet."""
+    time, shared = course.times[step].to(x.device), _undivided(course, step)
+    if shared is None:
+        return velocity(x, time.expand(len(x)), None)
+    first, place = (index.to(x.device) for index in shared)
+    return velocity(x[first], time.expand(len(first)), first)[place]
+
+
+def _undivided(course: Course, step: int) -> tuple[Tensor, Tensor] | None:
+    """(rows that differ from the row before them, of each row the place of its own among those); None: all differ.
+
+    The noise of a row's first stochastic step is added after that step's velocity, which is thus shared too.
+    """
+    rows = len(course.starts)
+    if course.alike is None or not rows:
+        return None
+    parted = (course.starts < step) & (course.length > 0)
+    labels = torch.where(parted, -1 - torch.arange(rows), course.alike)
+    _, place, counts = torch.unique_consecutive(labels, return_inverse=True, return_counts=True)
+    return (counts.cumsum(0) - counts, place) if len(counts) < rows else None
 
 
 def _places(starts: Tensor, step: int, width: int) -> tuple[Tensor, Tensor] | None:

@@ -28,7 +28,8 @@ class FlowEngineOptions(Spec):
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Precision of own weights; the model's when not set."""
     max_rows: Positive = 256
-    """Samples denoised at once; more are denoised in turns. Lower it when memory is short."""
+    """Samples denoised at once; more are denoised in turns. Lower it when memory is short, and on a CPU: what a forward
+    works on should stay in its cache."""
     decode_rows: Positive = 8
     """Samples decoded at once."""
     vae_tiling: bool = False

@@ -1,10 +1,14 @@
 """Our DanceGRPO step against the plainest PyTorch loop of the same formulas, the two taking turns in one process.
 
     OMP_NUM_THREADS=1 python perf/peers/flow_plain.py --pairs 10 --threads 1
+    OMP_NUM_THREADS=1 python perf/peers/flow_plain.py --pairs 10 --threads 1 --compile    # ours with backend.compile
+    python perf/peers/flow_plain.py --no-share --max-rows 160   # every row computed, all in one batch, as the loop does
     python perf/peers/flow_plain.py --again                 # the plain loop against itself: the noise
 
 Both train the same random network from the same weights on 10 prompts x 16 samples, 16 steps, 9 of them trained, two
-updates. Equal work is checked in every step: rows through the network, rows of them with gradient, optimizer steps.
+updates. Work is counted in every step and must be exactly what it should be: rows through the network, rows of them
+with gradient, optimizer steps. Ours computes the first denoising step once a group, because its samples are one until
+then: fewer rows, as many as printed, for the same numbers (--no-share: all of them).
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,6 +48,8 @@ class Work:
     """What one side has done, counted where it happens: in its network and its optimizer."""
 
     rows: int = 0
+    shared: int = 0
+    """Rows a step that need not be computed, because they equal another one."""
     trained_rows: int = 0
     updates: int = 0
     facts: dict[str, Any] = field(default_factory=dict)
@@ -82,10 +88,9 @@ def main() -> int:
         if arguments.again:
             first = plain_side("again", model)
         else:
-            values = flow_recipe(model, folder)
-            values["model"]["policy"]["steps_at_once"] = arguments.steps_at_once
-            first = our_side(stack.enter_context(built_run(values, folder)))
-        pairs, processor = take_turns(first, second, arguments)
+            values = our_recipe(flow_recipe(model, folder), arguments)
+            first = our_side(stack.enter_context(built_run(values, folder)), shared_rows(arguments))
+        pairs, processor, longest = take_turns(first, second, arguments)
     names = first[0], second[0]
     result = {
         "fingerprint": machine.fingerprint(arguments.threads),
@@ -98,8 +103,12 @@ def main() -> int:
             "steps": STEPS,
             "updates": UPDATES,
             "steps_at_once": arguments.steps_at_once,
+            "max_rows": arguments.max_rows,
+            "compile": arguments.compile,
         },
-        "rows_per_step": first[2].rows // (arguments.pairs + arguments.warmup),
+        "rows_per_step": {side[0]: side[2].rows // (arguments.pairs + arguments.warmup) for side in (first, second)},
+        "shared_rows_per_step": {side[0]: side[2].shared for side in (first, second)},
+        "longest_warmup_seconds": longest,
         "pairs": pairs,
         "processor_pairs": processor,
         "last_step": {side[0]: side[2].facts for side in (first, second)},
@@ -114,19 +123,45 @@ def main() -> int:
     return 0
 
 
-def parse() -> argparse.Namespace:
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=10, help="measured pairs of steps")
     parser.add_argument("--warmup", type=int, default=2, help="pairs before them that are not counted")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="computing threads of both")
     parser.add_argument("--steps-at-once", type=int, default=1, help="ours: denoising steps in one forward; plain: 1")
+    parser.add_argument("--max-rows", type=int, default=PROMPTS * GROUP // 2, help="ours: samples denoised at once")
+    parser.add_argument("--no-share", action="store_true", help="ours: compute the first step for every sample")
+    parser.add_argument("--compile", action="store_true", help="ours: with backend.compile, compiled during warm-up")
     parser.add_argument("--again", action="store_true", help="the plain loop against itself")
     parser.add_argument("--out", type=Path, help="JSON file; default runs/perf/flow_FIRST_SECOND.json")
-    arguments = parser.parse_args()
-    if arguments.pairs < 1 or arguments.warmup < 0 or arguments.threads < 1 or arguments.steps_at_once < 1:
-        parser.error("--pairs, --threads and --steps-at-once must be at least 1, --warmup at least 0")
+    arguments = parser.parse_args(words)
+    if min(arguments.pairs, arguments.threads, arguments.steps_at_once, arguments.max_rows) < 1 or arguments.warmup < 0:
+        parser.error("--pairs, --threads, --steps-at-once and --max-rows must be at least 1, --warmup at least 0")
+    if arguments.compile and (arguments.again or not arguments.warmup):
+        parser.error("--compile is about ours, which --again leaves out, and compiles during --warmup pairs")
     return arguments
+
+
+def our_recipe(values: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
+    """The recipe with what the command line says of our side."""
+    values["model"]["policy"] |= {"steps_at_once": arguments.steps_at_once, "share_start": not arguments.no_share}
+    values["rollout"]["max_rows"] = arguments.max_rows
+    values["backend"]["compile"] = arguments.compile
+    return values
+
+
+def shared_rows(arguments: argparse.Namespace) -> int:
+    """Rows a step that our side does not compute: of the first step all but one of each group, or of each part of one
+    that is denoised in turns."""
+    if arguments.no_share:
+        return 0
+    samples = PROMPTS * GROUP
+    parts = sum(
+        (min(first + arguments.max_rows, samples) - 1) // GROUP - first // GROUP + 1
+        for first in range(0, samples, arguments.max_rows)
+    )
+    return samples - parts
 
 
 def plain_side(name: str, model: Path) -> Side:
@@ -141,10 +176,10 @@ def plain_side(name: str, model: Path) -> Side:
     return name, step, work
 
 
-def our_side(run: Run) -> Side:
+def our_side(run: Run, shared: int) -> Side:
     """The loop's own step, from drawing prompts to metrics; nothing is written."""
     backend: Any = run.backend
-    layouts, work = Layouts.gather(run.world, run.engine.replica, run.backend.replica), Work()
+    layouts, work = Layouts.gather(run.world, run.engine.replica, run.backend.replica), Work(shared=shared)
     (network,) = (part for part in backend.module.modules() if isinstance(part, ClassConditionalDiT))
     work.watch(network, backend.optimizer.torch_optimizer)
 
@@ -160,12 +195,13 @@ def our_side(run: Run) -> Side:
 
 def take_turns(
     first: Side, second: Side, arguments: argparse.Namespace
-) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:  # fmt: skip
-    """A B A B ...: seconds of each measured pair, and seconds of processor time, all threads together.
+) -> tuple[list[tuple[float, float]], list[tuple[float, float]], float]:  # fmt: skip
+    """A B A B ...: seconds of each measured pair, seconds of processor time, all threads together, and the seconds of
+    the first side's longest warm-up step.
 
-    Raises SystemExit when the sides did different work.
+    Raises SystemExit when a side did other work than it should.
     """
-    pairs, processor = [], []
+    pairs, processor, longest = [], [], 0.0
     for number in range(1, arguments.warmup + arguments.pairs + 1):
         seconds, busy = [], []
         for _, step, _ in (first, second):
@@ -181,15 +217,17 @@ def take_turns(
         if counted:
             pairs.append((seconds[0], seconds[1]))
             processor.append((busy[0], busy[1]))
-    return pairs, processor
+        else:
+            longest = max(longest, seconds[0])
+    return pairs, processor, longest
 
 
 def check_same_work(sides: dict[str, Work], steps: int) -> None:
-    """Raises SystemExit unless every side has done the work of `steps` steps, no more and no less."""
+    """Raises SystemExit unless every side has done the work of `steps` steps, no more, and less by what it shares."""
     samples = PROMPTS * GROUP
     trained = samples * int((STEPS - 1) * 0.6)
-    wanted = steps * (samples * STEPS + trained), steps * trained, steps * UPDATES
     for name, work in sides.items():
+        wanted = steps * (samples * STEPS + trained - work.shared), steps * trained, steps * UPDATES
         if work.done != wanted:
             raise SystemExit(
                 f"after {steps} steps {name} has done (rows, rows with gradient, optimizer steps) {work.done}, "
@@ -201,7 +239,11 @@ def report(first: str, second: str, result: dict[str, Any]) -> None:
     """The outcome for people."""
     told = result["summary"]
     ratio = Spread(**told[f"{first}/{second}"])
-    print(f"\n{result['rows_per_step']} rows through the network a step, on both sides; load {result['load_average']}")
+    rows, shared = result["rows_per_step"], result["shared_rows_per_step"]
+    counts = [f"{name} {rows[name]} (and {shared[name]} that equal another row)" for name in rows]
+    print(f"\nrows through the network a step: {', '.join(counts)}; load {result['load_average']}")
+    if result["job"]["compile"]:
+        print(f"{first}: compiled in warm-up, the longest step of which took {result['longest_warmup_seconds']:.1f} s")
     print(f"seconds a step, median:  {first} {Spread(**told[first]).text(' s', 3)}")
     print(f"                         {second} {Spread(**told[second]).text(' s', 3)}")
     print(f"paired ratio {first} / {second}: {ratio.text(digits=3)}")

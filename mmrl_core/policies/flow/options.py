@@ -16,6 +16,9 @@ class FlowOptions(Spec):
     """The model family; auto: as the folder's model_index.json says."""
     steps_at_once: Positive = 1
     """Denoising steps of a sample in one forward and backward. More is faster on small models and needs more memory."""
+    share_start: bool = True
+    """With `sampling.same_initial_noise` the samples of a group are one until the first stochastic step has added its
+    noise: compute that step, and the deterministic ones before it, once a group. Off: for every sample."""
     max_text_tokens: Positive | None = None
     """Longest prompt of the T5 or UMT5 encoder, in tokens; longer ones are cut. Null: the family's own, 512 for FLUX
     and Wan, 256 for SD3."""

@@ -90,6 +90,7 @@ class FlowPolicy(DenoisingPolicy):
     `log_prob: guard`.
     """
 
+    steady_shapes = True
     options: FlowOptions
     sampling: FlowSampling
 
@@ -252,15 +253,17 @@ class FlowPolicy(DenoisingPolicy):
         else:
             both = draw_noise(seeds, stochastic + 1, shape)
             initial, noise = both[:, 0], both[:, 1:]
+        shared = sampling.same_initial_noise and self.options.share_start
         complete = [self._with_negative(one, sampling) for one in conditions]
         by_row = {name: [complete[group][name] for group, _ in rows] for name in (complete[0] if complete else {})}
         stacked = _stack_conditions(by_row, device)
         table = self._table(sampling)
 
-        def velocity(latents: Tensor, time: Tensor) -> Tensor:
+        def velocity(latents: Tensor, time: Tensor, some: Tensor | None) -> Tensor:
             if not rows:  # an idle replica; within `inference_module` forwards are nobody else's business
                 return latents
-            result: Tensor = module(self._velocity, latents, time, stacked, sampling, sampling.cfg_scale > 1)
+            theirs = stacked if some is None else {name: value[some] for name, value in stacked.items()}
+            result: Tensor = module(self._velocity, latents, time, theirs, sampling, sampling.cfg_scale > 1)
             return result
 
         course = Course(
@@ -272,6 +275,7 @@ class FlowPolicy(DenoisingPolicy):
             starts=starts,
             length=stochastic,
             guard=sampling.log_prob == "guard",
+            alike=torch.tensor([group for group, _ in rows], dtype=torch.int64) if shared else None,
         )
         done = denoise(velocity, initial.to(device), noise, course)
         places = torch.zeros((len(rows), 0), dtype=torch.int64)

@@ -10,22 +10,32 @@ from torch import Tensor
 
 from mmrl_core.flow.kernels import ode_table, step_table
 from mmrl_core.flow.schedule import linear_sigmas
-from mmrl_core.flow.trajectory import Course, Trajectory, denoise, draw_noise
+from mmrl_core.flow.trajectory import Course, Trajectory, Velocity, denoise, draw_noise
 
 SHAPE = (2, 3, 3)
 
 
-def velocity(x: Tensor, time: Tensor) -> Tensor:
+def velocity(x: Tensor, time: Tensor, rows: Tensor | None = None) -> Tensor:
     """Smooth and different everywhere."""
     return torch.tanh(0.7 * x + time.view(-1, 1, 1, 1)) - 0.3 * x
 
 
 def run(
-    starts: list[int], length: int, *, steps: int = 6, noise: float = 0.4, kernel: str = "dance", guard: bool = False
+    starts: list[int],
+    length: int,
+    *,
+    steps: int = 6,
+    noise: float = 0.4,
+    kernel: str = "dance",
+    guard: bool = False,
+    groups: list[int] | None = None,
+    shared: bool = False,
+    network: Velocity = velocity,
 ) -> tuple[Trajectory, Tensor, Tensor, Tensor]:
+    """`groups`: rows with one number start from one noise; `shared`: and are computed once until they part."""
     sigmas = linear_sigmas(steps, 3.0)
     seeds = range(len(starts))
-    start, z = draw_noise(seeds, 1, SHAPE)[:, 0], draw_noise([100 + s for s in seeds], length, SHAPE)
+    start, z = draw_noise(groups or seeds, 1, SHAPE)[:, 0], draw_noise([100 + s for s in seeds], length, SHAPE)
     course = Course(
         sigmas=sigmas,
         times=sigmas,
@@ -35,8 +45,9 @@ def run(
         starts=torch.tensor(starts),
         length=length,
         guard=guard,
+        alike=torch.tensor(groups) if shared else None,
     )
-    return denoise(velocity, start, z, course), sigmas, start, z
+    return denoise(network, start, z, course), sigmas, start, z
 
 
 def published(
@@ -82,6 +93,34 @@ def test_a_row_does_not_know_its_neighbours() -> None:
     alone, *_ = run([0], 2)
     assert torch.equal(together.states[0], alone.states[0])
     assert torch.equal(together.log_probs[0], alone.log_probs[0])
+
+
+@pytest.mark.parametrize(
+    ("groups", "starts", "length", "computed"),
+    [
+        ([0, 0, 0, 4, 4], [0, 0, 0, 0, 0], 5, [2, 5, 5, 5, 5, 5]),  # part after the first step
+        ([7, 7, 7, 5, 5], [2, 2, 2, 0, 0], 2, [2, 3, 3, 5, 5, 5]),  # each group at the beginning of its window
+        ([0, 1, 2], [1, 0, 1], 2, [3, 3, 3, 3, 3, 3]),  # groups of one
+        ([3, 3, 3], [0, 0, 0], 0, [1, 1, 1, 1, 1, 1]),  # never
+    ],
+)
+@pytest.mark.parametrize("guard", [False, True])
+def test_rows_that_noise_has_not_parted_are_computed_once(
+    groups: list[int], starts: list[int], length: int, computed: list[int], guard: bool
+) -> None:
+    rows: list[int] = []
+
+    def network(x: Tensor, time: Tensor, which: Tensor | None) -> Tensor:
+        assert len(x) == len(time) == (len(starts) if which is None else len(which))
+        rows.append(len(x))
+        return velocity(x, time)
+
+    shared, *_ = run(starts, length, guard=guard, groups=groups, shared=True, network=network)
+    alone, *_ = run(starts, length, guard=guard, groups=groups)
+    assert rows == computed
+    for name in ("states", "log_probs", "means", "final"):
+        ours, theirs = getattr(shared, name), getattr(alone, name)
+        assert (ours is theirs is None) or torch.equal(ours, theirs), name
 
 
 def test_without_stochastic_steps_nothing_is_recorded() -> None:
