@@ -191,6 +191,6 @@ def test_installed_here_it_changes_no_third_party_import(tmp_path: Path) -> None
         assert not set(without[moment]) - set(with_it[moment])
         assert "torch_npu" not in with_it[moment]
         assert "torch" not in with_it[moment] or moment == "doctor"
-    assert "mmrl-npu" in said["plugins"]
-    assert "mmrl-npu" not in said_without["plugins"]
+    assert "\nmmrl-npu " in said["plugins"]
+    assert "\nmmrl-npu " not in said_without["plugins"], "other plugins' cures may name it"
     assert "ok" in said["recipe"].lower()
