@@ -7,6 +7,9 @@
   layers that follow them: here from megatron-core's own, so their weights have other names;
 - verl passes a mask of padding, which TransformerEngine's attention reads together with the causal one and
   megatron-core's own takes for the whole mask: rows are padded at their ends, where the causal mask is enough;
+- megatron-core 0.16.1 cannot load its distributed optimizer's state into torch's AdamW, which it takes where there is
+  none of TransformerEngine or Apex: it looks for a tensor `step` that the checkpoint does not have, and for state that
+  AdamW makes in its first step (so the check takes one before it loads);
 - functions decorated with `torch.compile` stay as they are: to compile them takes longer than all the rest.
 """
 
@@ -44,6 +47,7 @@ def prepare() -> None:
     _verl()
     _mbridge()
     _attention()
+    _checkpoints()
     VerlMegatronBackend.device = "cpu"
     VerlMegatronBackend.precisions = ("float32", "bfloat16")
 
@@ -116,3 +120,16 @@ def _attention() -> None:
         return forward(self, query, key, value, None, *rest, **named)
 
     DotProductAttention.forward = causal
+
+
+def _checkpoints() -> None:
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    put: Callable[..., None] = DistributedOptimizer._set_main_param_and_optimizer_states
+
+    def with_step(self: Any, parameter: Any, tensors: dict[str, torch.Tensor]) -> None:
+        group, position = self.model_param_group_index_map[parameter]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][position]]
+        put(self, parameter, {"step": state["step"], **tensors})
+
+    DistributedOptimizer._set_main_param_and_optimizer_states = with_step

@@ -9,12 +9,14 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 
 from mmrl_core.testing.stage import run_ranks
 from mmrl_core.testing.tiny import tiny_language_model
+
+RANKS = 2
 
 for module in ("mbridge", "einops", "mmrl_mindspeed", "megatron"):
     if importlib.util.find_spec(module) is None:
@@ -26,21 +28,21 @@ for module in ("mbridge", "einops", "mmrl_mindspeed", "megatron"):
 
 
 @pytest.mark.parametrize(
-    ("ranks", "family", "tied", "options"),
+    ("tied", "options"),
     [
-        (1, "qwen2", False, {"micro_batch_samples": 4, "activation_checkpointing": True}),
-        (2, "llama", True, {"pipeline_parallel": 2, "micro_batch_samples": 3}),
+        (True, {"pipeline_parallel": 2, "micro_batch_samples": 3}),
+        pytest.param(False, {"tensor_parallel": 2, "activation_checkpointing": True}, marks=pytest.mark.slow),
+        pytest.param(False, {"micro_batch_samples": 4}, marks=pytest.mark.slow),
     ],
+    ids=["PP2", "TP2", "DP2"],
 )
-def test_equal_to_transformers_and_fsdp2(
-    tmp_path: Path, ranks: int, family: Literal["llama", "qwen2"], tied: bool, options: dict[str, Any]
-) -> None:
-    """Log-probs, entropy, the reference, exported names and values, each parameter's gradient, updates with one of a
-    NaN among them, and on one rank checkpoints with and without the optimizer."""
-    tiny_language_model(tmp_path / "model", architecture=family, tie_word_embeddings=tied)
-    (tmp_path / "case.json").write_text(json.dumps({"options": options, "checkpoints": ranks == 1}))
-    run_ranks("verl_megatron_ranks", [str(tmp_path)], ranks, tmp_path, timeout_s=550)
-    for rank in range(ranks):
+def test_equal_to_transformers_and_fsdp2(tmp_path: Path, tied: bool, options: dict[str, Any]) -> None:
+    """On two ranks: log-probs, entropy, the reference, exported names and values, each parameter's gradient, updates
+    with one of a NaN among them, and checkpoints with and without the optimizer."""
+    tiny_language_model(tmp_path / "model", architecture="qwen2", tie_word_embeddings=tied)
+    (tmp_path / "case.json").write_text(json.dumps({"options": options}))
+    run_ranks("verl_megatron_ranks", [str(tmp_path)], RANKS, tmp_path, timeout_s=550)
+    for rank in range(RANKS):
         seen = json.loads((tmp_path / f"rank{rank}.json").read_text())
         assert seen["log_probs"] <= 1e-5, seen
         assert seen["entropy"] <= 1e-5, seen
@@ -52,8 +54,7 @@ def test_equal_to_transformers_and_fsdp2(
         assert seen["changes"] <= 1e-4, seen
         assert seen["metrics"] <= 1e-3, seen
         assert seen["agreed"], f"ranks returned different metrics: {seen}"
-        if ranks == 1:
-            assert seen["loaded"] == [], seen
-            assert seen["resumed"] == [], seen
-            assert seen["weights alone"] == [], seen
-            assert 0.0 < seen["next"] < 0.1, seen
+        assert seen["loaded"] == [], seen
+        assert seen["resumed"] == [], seen
+        assert seen["weights alone"] == [], seen
+        assert 0.0 < seen["next"] < 0.1, seen

@@ -80,12 +80,12 @@ class VerlEngineBackend(TrainingBackend):
         def padded(values: Tensor) -> Tensor:
             return token_batches.actions(values, rollouts, rows)[:count].cpu()
 
-        return self._everywhere(
-            output
-            and ActionStats(
+        stats = None
+        if output is not None:
+            stats = ActionStats(
                 log_probs=padded(output["log_probs"]), entropy=padded(output["entropy"]) if entropy else None
             )
-        )
+        return self._everywhere(stats)
 
     def _batch(self, rollouts: Rollouts, *, entropy: bool) -> tuple[Any, list[int]]:
         """(verl's batch, its row numbers), in as many micro-batches on every rank."""

@@ -122,7 +122,7 @@ class VerlMegatronBackend(VerlEngineBackend):
             self._gather_gradients()
         try:
             for parameter in parameters:
-                parameter.data = parameter.main_grad  # type: ignore[attr-defined]
+                parameter.data = parameter.main_grad
             yield
         finally:
             for parameter, weight in zip(parameters, weights, strict=True):

@@ -36,6 +36,11 @@ def build(plan: Plan[VerlMegatronOptions], name: str) -> Any:
             engine.initialize()
         except ImportError as error:
             raise BackendError(f"backend {name}: verl's engine needs a package that is missing: {error}") from error
+        except (NotImplementedError, ValueError) as error:
+            raise BackendError(
+                f"backend {name}: {options.bridge} cannot make Megatron's model of {plan.policy.model.path!r} in this "
+                f"layout: {error}"
+            ) from error
     return engine
 
 
