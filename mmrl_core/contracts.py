@@ -387,7 +387,7 @@ class Policy(ABC):
     """A model family: how prompts are encoded, how a trajectory is replayed, how weights are named and saved."""
 
     steady_shapes: ClassVar[bool] = False
-    """Whether shard units see a handful of shapes in a whole run, so that a backend may compile them for each."""
+    """Whether the network sees a handful of shapes in a whole run, so that a backend may compile it for each."""
 
     def __init__(self, options: Any, model: ModelSpec, sampling: Any) -> None:
         self.options = options
@@ -463,6 +463,11 @@ class Policy(ABC):
     @abstractmethod
     def shard_units(self, module: nn.Module) -> Sequence[nn.Module]:
         """Blocks to shard, checkpoint and offload one at a time, in forward order."""
+
+    def network(self, module: nn.Module) -> nn.Module:
+        """What functions given to the loaded `module` are called with. By default its only child."""
+        (network,) = module.children()
+        return network
 
     @abstractmethod
     def weight_name(self, parameter: str) -> str:

@@ -1,7 +1,8 @@
-"""Compiling a network's blocks with `torch.compile`: what cannot be compiled is an error, never run uncompiled.
+"""Compiling parts of a network with `torch.compile`: what cannot be compiled is an error, never run uncompiled.
 
-Blocks and not the whole network ("regional compilation"): blocks of one class are compiled once, in seconds, and what
-surrounds them (sharding's hooks, activation checkpointing, names of weights) stays as it is.
+Blocks rather than the whole network ("regional compilation"): blocks of one class are compiled once, in seconds, and
+what surrounds them (hooks that gather weights, activation checkpointing) stays as it is. Where there are no such hooks,
+a network compiled as a whole spares the steps between blocks.
 """
 
 from __future__ import annotations
@@ -20,37 +21,37 @@ from mmrl_core.contracts import Policy
 from mmrl_core.errors import BackendError
 
 MOST_SHAPES = 64
-"""Compilations of one block; every number of rows is one, with and without gradient."""
+"""Compilations of one part; every number of rows is one, with and without gradient."""
 
-_OFF = "Set backend.compile: false"
+_OFF = "Set backend.compile: none"
 
 
 def refuse_unless_compilable(policy: Policy, device: torch.device) -> None:
-    """Raises BackendError, with what to do, when this policy's blocks cannot be compiled for this device here."""
+    """Raises BackendError, with what to do, when this policy's network cannot be compiled for this device here."""
     import torch._dynamo
     import torch._inductor.codegen.common as inductor
 
     if not policy.steady_shapes:
         raise BackendError(
-            f"backend.compile: true, but inputs of the policy {policy.model.policy.name} have other lengths in every "
-            f"step, and blocks would be compiled again for each. {_OFF}"
+            f"backend.compile: inputs of the policy {policy.model.policy.name} have other lengths in every "
+            f"step, and it would be compiled again for each. {_OFF}"
         )
     dynamo: Any = torch._dynamo.config
     for name, variable in (("disable", "TORCHDYNAMO_DISABLE"), ("suppress_errors", "TORCHDYNAMO_SUPPRESS_ERRORS")):
         if getattr(dynamo, name):
             raise BackendError(
-                f"backend.compile: true, but torch._dynamo.config.{name} is set ({variable} in the environment?), with "
-                f"which nothing, or not everything, is compiled. Unset it, or set backend.compile: false"
+                f"backend.compile: torch._dynamo.config.{name} is set ({variable} in the environment?), with "
+                f"which nothing, or not everything, is compiled. Unset it, or set backend.compile: none"
             )
     inductor.init_backend_registration()
     if inductor.get_scheduling_for_device(device.type) is None:
         raise BackendError(
-            f"backend.compile: true, but torch.compile's compiler (inductor) of PyTorch {torch.__version__} knows no "
+            f"backend.compile: torch.compile's compiler (inductor) of PyTorch {torch.__version__} knows no "
             f"device {device.type}. {_OFF}"
         )
     problem = _missing_on_host() if device.type == "cpu" else _missing_triton(device)
     if problem:
-        raise BackendError(f"backend.compile: true, but {problem}, or set backend.compile: false")
+        raise BackendError(f"backend.compile: {problem}, or set backend.compile: none")
 
 
 def _missing_triton(device: torch.device) -> str | None:
@@ -95,10 +96,14 @@ def compile_units(units: Sequence[nn.Module]) -> None:
 
 
 def _compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """`forward` compiled as a whole (`fullgraph`): what cannot be, or too many shapes, is an error."""
+    """`forward` compiled as a whole (`fullgraph`): what cannot be, or too many shapes, is an error.
+
+    Roundings to bf16 between operations are kept (`emulate_precision_casts`). Forwards with and without gradient, whose
+    operations are fused differently, would else differ by more than a clip range of 1e-4 allows.
+    """
     from torch._dynamo import exc
 
-    compiled = torch.compile(forward, fullgraph=True, dynamic=False)
+    compiled = torch.compile(forward, fullgraph=True, dynamic=False, options={"emulate_precision_casts": True})
 
     @functools.wraps(forward)
     def run(*arguments: Any, **named: Any) -> Any:
@@ -106,9 +111,9 @@ def _compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
             return compiled(*arguments, **named)
         except exc.FailOnRecompileLimitHit as error:
             raise BackendError(
-                f"backend.compile: a block was compiled for {MOST_SHAPES} different shapes and met another one. Keep "
-                "the number of rows the same (backend.micro_batch_samples, rollout.max_rows), or set backend.compile: "
-                "false"
+                f"backend.compile: {forward.__qualname__} was compiled for {MOST_SHAPES} different shapes and met "
+                "another one. Keep the number of rows the same (backend.micro_batch_samples, rollout.max_rows), or set "
+                "backend.compile: none"
             ) from error
         except exc.TorchDynamoException as error:
             raise BackendError(

@@ -51,8 +51,14 @@ class Fsdp2Backend(TrainingBackend):
         self._compute = getattr(torch, policy.model.dtype)
         if not context.device.supports(self._compute):
             raise BackendError(f"model.dtype {policy.model.dtype} is not supported on {context.device.name}")
-        if self.options.compile:
+        if self.options.compile != "none":
             refuse_unless_compilable(policy, self.device)
+        if self.options.compile == "network" and (self._sharded or self.options.activation_checkpointing):
+            raise BackendError(
+                "backend.compile: network needs one rank, model.dtype: float32 and no activation checkpointing; here "
+                f"are {context.world.size} rank(s), {policy.model.dtype}, and activation checkpointing "
+                f"{'on' if self.options.activation_checkpointing else 'off'}. Use backend.compile: blocks"
+            )
         self._own_reference = training.reference and policy.model.lora is None
         # adapters are drawn at random on every rank, and every rank then keeps its slice: the draws must be the same
         torch.manual_seed(context.seed)
@@ -64,17 +70,18 @@ class Fsdp2Backend(TrainingBackend):
     def _build(self, *, trained: bool) -> nn.Module:
         # fp32 master weights whatever the precision of forward and backward
         module = self.policy.load(torch.float32, adapters=trained)
-        if self.options.compile:  # within what recomputes a block, and within what gathers and frees its weights
+        if self.options.compile == "network":
+            compile_units([self.policy.network(module)])
+        elif self.options.compile == "blocks":  # within what recomputes a block, and what gathers and frees its weights
             compile_units(self.policy.shard_units(module))
         if not trained:
             module.requires_grad_(False)
         elif self.options.activation_checkpointing:
             for unit in self.policy.shard_units(module):
                 unit.forward = functools.partial(checkpoint, unit.forward, use_reentrant=False)
-        world = self.context.world
-        if world.size == 1 and self._compute == torch.float32:
+        if not self._sharded:
             return module.to(self.device)
-        mesh = torch.distributed.device_mesh.init_device_mesh(self.device.type, (world.size,))
+        mesh = torch.distributed.device_mesh.init_device_mesh(self.device.type, (self.context.world.size,))
         # inputs stay as policies give them: casting all would round what must not be, such as a time. Activations are
         # in the compute dtype anyway, because the first layer's weights are
         precision = MixedPrecisionPolicy(
@@ -87,11 +94,15 @@ class Fsdp2Backend(TrainingBackend):
             fully_shard(unit, mesh=mesh, mp_policy=precision, reshard_after_forward=reshard)
         fully_shard(module, mesh=mesh, mp_policy=precision)
         module.to(self.device)
-        for part in _sharded(module):
+        for part in _sharded_parts(module):
             # our losses are sums; FSDP's default would divide by the number of ranks
             part.set_gradient_divide_factor(1.0)
             part.set_force_sum_reduction_for_comms(True)
         return module
+
+    @property
+    def _sharded(self) -> bool:
+        return self.context.world.size > 1 or self._compute != torch.float32
 
     @property
     def replica(self) -> Replica:
@@ -204,7 +215,7 @@ class Fsdp2Backend(TrainingBackend):
 
     @contextmanager
     def inference_module(self) -> Iterator[nn.Module]:
-        parts = _sharded(self.module)
+        parts = _sharded_parts(self.module)
         for part in parts:
             part.set_reshard_after_forward(False, recurse=False)
             part.unshard()
@@ -239,6 +250,6 @@ class Fsdp2Backend(TrainingBackend):
         self.optimizer.move(device)
 
 
-def _sharded(module: nn.Module) -> list[Any]:
+def _sharded_parts(module: nn.Module) -> list[Any]:
     """The modules that `fully_shard` was applied to, root included."""
     return [m for m in module.modules() if isinstance(m, FSDPModule)]

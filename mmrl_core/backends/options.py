@@ -17,9 +17,10 @@ class Fsdp2Options(Spec):
     is then computed in each part) and `micro_batch_groups` does not apply."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass instead of keeping its activations."""
-    compile: bool = False
-    """Compile each block with `torch.compile`, for the policy flow. The first forward of every number of rows takes
-    seconds to minutes longer; later ones are faster."""
+    compile: Literal["none", "blocks", "network"] = "none"
+    """What `torch.compile` compiles, for the policy flow. blocks: each kind of block. network: all of it in one piece,
+    which is faster for a small network, takes longer to compile the deeper it is, and needs one rank in fp32 without
+    activation checkpointing. The first forward of every number of rows takes seconds to minutes longer."""
     reshard_after_forward: bool = True
     """Free a block's gathered weights after its forward (less memory) or keep them until backward (less traffic)."""
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"

@@ -29,7 +29,8 @@ from mmrl_core.testing.tiny import tiny_recipe, write_recipe_file
 
 PROMPTS = ("the digit 3", "the digit 7")
 EAGER: Mapping[str, Any] = {}
-COMPILED: Mapping[str, Any] = {"backend": {"compile": True}}
+COMPILED: Mapping[str, Any] = {"backend": {"compile": "blocks"}}
+NETWORK: Mapping[str, Any] = {"backend": {"compile": "network"}}
 ADAPTERS: Mapping[str, Any] = {
     "model": {"lora": {"rank": 2, "alpha": 4.0}},
     "backend": {"activation_checkpointing": True},
@@ -62,6 +63,8 @@ def compiler_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("inductor")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder))
+        patch.setenv("TORCHINDUCTOR_VEC_ISA_OK", "1")  # what the processor says it has is not tried first: seconds
+        patch.setattr("torch._inductor.config.cpp.vec_isa_ok", True)
         yield folder
 
 
@@ -135,13 +138,20 @@ def compilations() -> int:
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
-@pytest.mark.parametrize("changes", [EAGER, ADAPTERS], ids=["weights", "adapters and activation checkpointing"])
-def test_the_numbers_are_those_of_the_plain_network(rank: Rank, model: Path, changes: Mapping[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("changes", "how", "graphs"),
+    [(EAGER, COMPILED, 2), (ADAPTERS, COMPILED, 3), (EAGER, NETWORK, 3)],
+    ids=["blocks", "blocks with adapters and activation checkpointing", "network"],
+)
+def test_the_numbers_are_those_of_the_plain_network(
+    rank: Rank, model: Path, changes: Mapping[str, Any], how: Mapping[str, Any], graphs: int
+) -> None:
+    """`graphs`: three blocks are one. With gradient, without, as reference; the network's time has a stride of 0 when
+    sampling."""
     plain = look(rank, model, changes)
     before = compilations()
-    ours = look(rank, model, changes, COMPILED, batch=plain.rollouts)
-    graphs = compilations() - before
-    assert graphs == 2 + bool(changes), "three blocks are one compilation a shape: with gradient, without, as reference"
+    ours = look(rank, model, changes, how, batch=plain.rollouts)
+    assert compilations() - before == graphs
     for name in ("states", "steps"):
         mine, theirs = torch.stack(ours.rollouts.payload[name]), torch.stack(plain.rollouts.payload[name])
         assert torch.allclose(mine, theirs, atol=1e-5), name
@@ -198,11 +208,11 @@ def train(folder: Path, model: Path, run: str, *overrides: str) -> tuple[list[di
 
 
 def test_two_ranks_train_resume_and_export(model: Path, tmp_path: Path, compiler_cache: Path) -> None:
-    whole, weights = train(tmp_path, model, "whole", "backend.compile=true")
+    whole, weights = train(tmp_path, model, "whole", "backend.compile=blocks")
     shutil.copytree(tmp_path / "whole", tmp_path / "halves")
     shutil.rmtree(tmp_path / "halves" / "checkpoints" / "step_00000002")
     shutil.rmtree(tmp_path / "halves" / "export")
-    halves, again = train(tmp_path, model, "halves", "backend.compile=true")
+    halves, again = train(tmp_path, model, "halves", "backend.compile=blocks")
     assert halves == whole
     assert all(torch.equal(again[name], weights[name]) for name in weights)
     plain, theirs = train(tmp_path, model, "plain")
@@ -210,7 +220,7 @@ def test_two_ranks_train_resume_and_export(model: Path, tmp_path: Path, compiler
     for ours, other in zip(whole, plain, strict=True):
         assert ours["actor/ppo_kl"] == 0.0, "forwards with and without gradient round differently"
         assert ours["grpo/score/mean"] == pytest.approx(other["grpo/score/mean"], abs=0.02)
-        assert ours["grad_norm"] == pytest.approx(other["grad_norm"], rel=0.1)
+        assert ours["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-2)
     assert list(theirs) == list(weights)
     assert all(torch.allclose(weights[name].float(), theirs[name].float(), atol=0.02) for name in theirs)
     assert any(compiler_cache.iterdir()), "compiled code goes where TORCHINDUCTOR_CACHE_DIR says"
@@ -245,8 +255,8 @@ def test_too_many_shapes_are_an_error(monkeypatch: pytest.MonkeyPatch, compiler_
 
 
 def test_text_is_refused(rank: Rank, tmp_path: Path, tiny_model: Path) -> None:
-    cast = rank.cast(tiny_recipe(tiny_model, tmp_path / "run", backend={"name": "fsdp2", "compile": True}))
-    with pytest.raises(BackendError, match=r"the policy causal_lm .* backend.compile: false"):
+    cast = rank.cast(tiny_recipe(tiny_model, tmp_path / "run", backend={"name": "fsdp2", "compile": "blocks"}))
+    with pytest.raises(BackendError, match=r"the policy causal_lm .* backend.compile: none"):
         cast.backend()
 
 
@@ -271,6 +281,13 @@ def test_devices_that_the_compiler_does_not_know_are_refused(rank: Rank, model: 
     policy = rank.cast(recipe(model, rank.folder, COMPILED)).policy
     with pytest.raises(BackendError, match=r"knows no device meta"):
         compiled.refuse_unless_compilable(policy, torch.device("meta"))
+
+
+@pytest.mark.parametrize("changes", [{"model": {"dtype": "bfloat16"}}, {"backend": {"activation_checkpointing": True}}])
+def test_a_whole_network_has_no_hooks_between_its_blocks(rank: Rank, model: Path, changes: Mapping[str, Any]) -> None:
+    cast = rank.cast(recipe(model, rank.folder, NETWORK, changes))
+    with pytest.raises(BackendError, match=r"compile: network needs one rank.* Use backend.compile: blocks"):
+        cast.backend()
 
 
 @pytest.mark.parametrize("setting", ["suppress_errors", "disable"])
