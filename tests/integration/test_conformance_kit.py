@@ -156,12 +156,13 @@ def mmrl_training_backends():
 """
 AVERAGING_BACKEND = """
 import torch
-from mmrl_core.backends.fsdp2 import Fsdp2Backend, _sharded
+from torch.distributed.fsdp import FSDPModule
+from mmrl_core.backends.fsdp2 import Fsdp2Backend
 
 class AveragingBackend(Fsdp2Backend):
     def setup(self, context, policy, training):
         super().setup(context, policy, training)
-        for part in _sharded(self.module):
+        for part in (m for m in self.module.modules() if isinstance(m, FSDPModule)):
             part.set_gradient_divide_factor(float(context.world.size))
 
     def update(self, minibatch, loss):
