@@ -8,8 +8,8 @@
 - verl passes a mask of padding, which TransformerEngine's attention reads together with the causal one and
   megatron-core's own takes for the whole mask: rows are padded at their ends, where the causal mask is enough;
 - megatron-core 0.16.1 cannot load its distributed optimizer's state into torch's AdamW, which it takes where there is
-  none of TransformerEngine or Apex: it looks for a tensor `step` that the checkpoint does not have, and for state that
-  AdamW makes in its first step (so the check takes one before it loads);
+  none of TransformerEngine or Apex: it looks for a tensor `step` that the checkpoint does not have and for state that
+  AdamW makes in its first step (so the check takes one before it loads), and gives all parameters one counter;
 - functions decorated with `torch.compile` stay as they are: to compile them takes longer than all the rest.
 """
 
@@ -123,8 +123,11 @@ def _attention() -> None:
 
 
 def _checkpoints() -> None:
+    from megatron.core.dist_checkpointing import exchange_utils
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+    from mmrl_mindspeed.cpu_replacements import torch_on_cpu
 
+    exchange_utils.torch = torch_on_cpu(torch)
     put: Callable[..., None] = DistributedOptimizer._set_main_param_and_optimizer_states
 
     def with_step(self: Any, parameter: Any, tensors: dict[str, torch.Tensor]) -> None:
@@ -133,3 +136,11 @@ def _checkpoints() -> None:
         put(self, parameter, {"step": state["step"], **tensors})
 
     DistributedOptimizer._set_main_param_and_optimizer_states = with_step
+    load: Callable[..., None] = DistributedOptimizer.load_state_dict
+
+    def with_own_steps(self: Any, state_dict: Any) -> None:
+        load(self, state_dict)
+        for state in self.optimizer.state.values():
+            state["step"] = state["step"].clone()
+
+    DistributedOptimizer.load_state_dict = with_own_steps
