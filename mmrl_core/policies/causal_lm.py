@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 REPEATED, SHARED = 0, 1
 """Plans: every row computes its own prompt in one pass, or each prompt is computed once and responses follow."""
 
+Embed = Callable[[Tensor], dict[str, Tensor]]
+"""Token ids to the decoder's first argument, by name."""
+
 SHARING_WORTH = 0.1
 """Fraction of the tokens that sharing prompts must save before it is used: two passes have a cost."""
 
@@ -215,12 +218,13 @@ class CausalLmPolicy(TokenPolicy):
         if not bool(taken.any()):
             taken = torch.zeros_like(taken)
             taken[0, 0] = True  # no action counts, but the network must be in the graph; its weight is 0
+        embed, head = model_folder.ends(model)
         if shared:
-            hidden = self._shared_hidden(model, prompts, prompt_of_row, responses)
+            hidden = self._shared_hidden(model, embed, prompts, prompt_of_row, responses)
         else:
-            hidden = self._repeated_hidden(model, batch.payload["prompt_ids"], responses)
+            hidden = self._repeated_hidden(model, embed, batch.payload["prompt_ids"], responses)
         log_probs, entropy = token_stats(
-            model_folder.head(model),
+            head,
             hidden[taken],
             responses[taken],
             temperature=self.sampling.temperature or 1.0,
@@ -229,7 +233,9 @@ class CausalLmPolicy(TokenPolicy):
         zeros = torch.zeros(taken.shape, dtype=torch.float32, device=device)
         return zeros.masked_scatter(taken, log_probs), zeros.masked_scatter(taken, entropy)
 
-    def _shared_hidden(self, model: Any, prompts: list[Tensor], prompt_of_row: Tensor, responses: Tensor) -> Tensor:
+    def _shared_hidden(
+        self, model: Any, embed: Embed, prompts: list[Tensor], prompt_of_row: Tensor, responses: Tensor
+    ) -> Tensor:
         """[b, r, H]: the state that predicts each response token; each prompt computed once."""
         device = responses.device
         ids, mask = left_pad(prompts, self.pad_id)
@@ -237,7 +243,7 @@ class CausalLmPolicy(TokenPolicy):
         positions = (mask.cumsum(-1) - 1).clamp_min(0)
         recorder = PromptRecorder(len(_decoder(model).layers))
         hidden = _decoder(model)(
-            input_ids=ids,
+            **embed(ids),
             attention_mask=mask,
             position_ids=positions,
             past_key_values=recorder,
@@ -246,7 +252,7 @@ class CausalLmPolicy(TokenPolicy):
         row = prompt_of_row.to(device)
         steps = torch.arange(responses.shape[1] - 1, device=device)
         following = _decoder(model)(
-            input_ids=responses[:, :-1],
+            **embed(responses[:, :-1]),
             attention_mask=nn.functional.pad(mask[row], (0, responses.shape[1] - 1), value=1),
             position_ids=positions[row, -1:] + 1 + steps,
             past_key_values=recorder.for_rows(prompt_of_row),
@@ -254,14 +260,14 @@ class CausalLmPolicy(TokenPolicy):
         ).last_hidden_state
         return torch.cat([hidden[:, -1:][row], following], dim=1)
 
-    def _repeated_hidden(self, model: Any, prompts: list[Tensor], responses: Tensor) -> Tensor:
+    def _repeated_hidden(self, model: Any, embed: Embed, prompts: list[Tensor], responses: Tensor) -> Tensor:
         """[b, r, H], each row computing its own prompt."""
         device = responses.device
         ids, mask = left_pad(prompts, self.pad_id)
         ids = torch.cat([ids.to(device), responses[:, :-1]], dim=1)
         mask = nn.functional.pad(mask.to(device), (0, responses.shape[1] - 1), value=1)
         hidden = _decoder(model)(
-            input_ids=ids,
+            **embed(ids),
             attention_mask=mask,
             position_ids=(mask.cumsum(-1) - 1).clamp_min(0),
             use_cache=False,

@@ -78,6 +78,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=2, help="pairs before them that are not counted")
     parser.add_argument("--threads", type=int, help="computing threads of each side; default OMP_NUM_THREADS or cores")
     parser.add_argument("--model", default="mmrl:smollm2-135m-instruct", help="a folder, or mmrl:NAME")
+    parser.add_argument(
+        "--trl-micro-batches",
+        type=int,
+        default=1,
+        choices=(1, 2, 4, 8),
+        help="parts of TRL's backward pass; whole, 256 + 64 tokens of SmolLM2-135M need more than 24 GB",
+    )
     parser.add_argument("--trl-python", help="Python of an environment with requirements-trl.txt; default: made once")
     other = parser.add_mutually_exclusive_group()
     other.add_argument("--ours-unshared", action="store_true", help="compare with our own prefix_sharing: off")
@@ -112,6 +119,7 @@ def prepare(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "steps": total,
         "prompts_per_step": PROMPTS,
         "samples_per_prompt": GROUP,
+        "peer_micro_batches": arguments.trl_micro_batches,
         "lr": 5e-6,
         "dtype": "float32",
     }

@@ -50,14 +50,16 @@ class Turns(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         seconds = time.perf_counter() - self.begin
-        trained = self.trainer._buffered_inputs[0]  # what this step's loss was computed on
+        trained = self.trainer._buffered_inputs  # what this step's loss was computed on, by micro-batch
         prompts = [
-            ids[mask.bool()].tolist() for ids, mask in zip(trained["prompt_ids"], trained["prompt_mask"], strict=True)
+            ids[mask.bool()].tolist()
+            for part in trained
+            for ids, mask in zip(part["prompt_ids"], part["prompt_mask"], strict=True)
         ]
         self.answer = {
             "seconds": seconds,
             "prompts": prompts,
-            "response_tokens": trained["completion_mask"].sum(-1).tolist(),
+            "response_tokens": [n for part in trained for n in part["completion_mask"].sum(-1).tolist()],
             "updates": state.global_step,
         }
 
@@ -84,7 +86,8 @@ def main() -> None:
     config = GRPOConfig(
         output_dir=str(arguments.folder),
         model_init_kwargs={"dtype": "float32"},
-        per_device_train_batch_size=rows_per_step,
+        per_device_train_batch_size=rows_per_step // job["peer_micro_batches"],
+        gradient_accumulation_steps=job["peer_micro_batches"],  # rows are generated together all the same
         num_generations=job["samples_per_prompt"],
         max_completion_length=job["tokens"],
         generation_kwargs={"min_new_tokens": job["tokens"]},  # end tokens cannot be drawn before the last one
@@ -117,6 +120,7 @@ def main() -> None:
                 "threads": torch.get_num_threads(),
                 "versions": {name: importlib.metadata.version(name) for name in ("trl", "torch", "transformers")},
                 "dtypes": sorted({str(p.dtype) for p in trainer.model.parameters()}),
+                "micro_batch_rows": config.per_device_train_batch_size,
                 "steps_per_generation": config.steps_per_generation,
                 "num_iterations": config.num_iterations,
                 "loss_type": config.loss_type,
