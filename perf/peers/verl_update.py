@@ -65,7 +65,7 @@ def main() -> int:
         if not dist.is_initialized():  # one rank of ours needs no process group, verl's engine does
             dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
             stack.callback(dist.destroy_process_group)
-        minibatch = with_advantages(whole_minibatch(run, collect(run, 1)))
+        minibatch = off_policy(run, whole_minibatch(run, collect(run, 1)))
         sides = ours(run, minibatch), verls(run, model, minibatch, arguments)
         pairs = take_turns(sides, arguments)
     result = {
@@ -104,10 +104,12 @@ def parse() -> argparse.Namespace:
     return arguments
 
 
-def with_advantages(minibatch: Minibatch) -> Minibatch:
-    """The minibatch with drawn advantages: rewards may all be equal, and then there is nothing to train on."""
+def off_policy(run: Run, minibatch: Minibatch) -> Minibatch:
+    """The minibatch with drawn advantages (rewards may all be equal, and then there is nothing to train on), and with
+    the log-probs of the first weights as the old ones, as verl is given them."""
     drawn = torch.randn(len(minibatch.advantages), generator=torch.Generator().manual_seed(0))
-    return replace(minibatch, advantages=drawn)
+    old = run.backend.replay(minibatch.rollouts).log_probs.clone()
+    return replace(minibatch, advantages=drawn, old_log_probs=old)
 
 
 Side = Callable[[], float]
@@ -186,6 +188,7 @@ def verls(run: Run, model: str, minibatch: Minibatch, arguments: argparse.Namesp
 def padded(run: Run, minibatch: Minibatch) -> dict[str, Tensor]:
     """The rows as verl's trainer holds them: prompts padded on the left, responses of equal length after them."""
     rollouts = minibatch.rollouts
+    assert minibatch.old_log_probs is not None
     pad: int = run.policy.pad_id  # type: ignore[attr-defined]
     prompts, mask = left_pad(rollouts.payload["prompt_ids"], pad)
     responses = torch.stack(list(rollouts.payload["response_ids"]))
@@ -198,7 +201,7 @@ def padded(run: Run, minibatch: Minibatch) -> dict[str, Tensor]:
         "position_ids": (mask.cumsum(-1) - 1).clamp_min(0),
         "response_mask": torch.ones_like(responses),
         "advantages": minibatch.advantages[:, None].expand(responses.shape).contiguous(),
-        "old_log_probs": run.backend.replay(rollouts).log_probs[:, : responses.shape[1]].clone(),
+        "old_log_probs": minibatch.old_log_probs[:, : responses.shape[1]].clone(),
     }
 
 
