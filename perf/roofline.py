@@ -9,7 +9,6 @@ the rate of matrix products, an update, our generation, and transformers' `gener
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peers.pairs import Spread
+from peers.pairs import Spread, keep
 from rig import built_run, requests, text_recipe
 from test_text import whole_minibatch
 
@@ -48,9 +47,7 @@ def main() -> int:
             result = measure(run, arguments)
     report(result)
     target = arguments.out or machine.REPOSITORY / "runs" / "perf" / f"roofline_{arguments.tokens}.json"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(f"written to {target}")
+    keep(result, target)
     return 0
 
 

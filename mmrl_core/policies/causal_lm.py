@@ -29,9 +29,6 @@ if TYPE_CHECKING:
 REPEATED, SHARED = 0, 1
 """Plans: every row computes its own prompt in one pass, or each prompt is computed once and responses follow."""
 
-Embed = Callable[[Tensor], dict[str, Tensor]]
-"""Token ids to the decoder's first argument, by name."""
-
 SHARING_WORTH = 0.1
 """Fraction of the tokens that sharing prompts must save before it is used: two passes have a cost."""
 
@@ -234,7 +231,7 @@ class CausalLmPolicy(TokenPolicy):
         return zeros.masked_scatter(taken, log_probs), zeros.masked_scatter(taken, entropy)
 
     def _shared_hidden(
-        self, model: Any, embed: Embed, prompts: list[Tensor], prompt_of_row: Tensor, responses: Tensor
+        self, model: Any, embed: model_folder.Embed, prompts: list[Tensor], prompt_of_row: Tensor, responses: Tensor
     ) -> Tensor:
         """[b, r, H]: the state that predicts each response token; each prompt computed once."""
         device = responses.device
@@ -260,7 +257,9 @@ class CausalLmPolicy(TokenPolicy):
         ).last_hidden_state
         return torch.cat([hidden[:, -1:][row], following], dim=1)
 
-    def _repeated_hidden(self, model: Any, embed: Embed, prompts: list[Tensor], responses: Tensor) -> Tensor:
+    def _repeated_hidden(
+        self, model: Any, embed: model_folder.Embed, prompts: list[Tensor], responses: Tensor
+    ) -> Tensor:
         """[b, r, H], each row computing its own prompt."""
         device = responses.device
         ids, mask = left_pad(prompts, self.pad_id)

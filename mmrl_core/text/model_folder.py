@@ -99,7 +99,11 @@ def _loading(spec: ModelSpec, what: str, load: Callable[[], Any]) -> Any:
 # ------------------------------------------------------------------------------------------------------------- the head
 
 
-def ends(model: Any) -> tuple[Callable[[Tensor], dict[str, Tensor]], Callable[[Tensor], Tensor]]:
+Embed = Callable[[Tensor], dict[str, Tensor]]
+"""Token ids to the decoder's first argument, by name."""
+
+
+def ends(model: Any) -> tuple[Embed, Callable[[Tensor], Tensor]]:
     """What lies around the decoder: token ids -> its first argument by name, and `head`. For one graph.
 
     On a CPU a tied table gets the gradients of both ends through `_TiedTable`. Devices with fast memory need not care,
@@ -121,7 +125,7 @@ class _TiedTable(torch.autograd.Function):
     """The weight [V, H] of a tied model twice, for looking up and for the head; their gradients meet in one place.
 
     The head's is the whole table, that of looking up has the rows of the batch. Autograd would make a table of zeros
-    for each look-up and new ones for their sums: a fifth of an update of a small model.
+    for each look-up and new ones for their sums: a tenth of an update of a small model.
     """
 
     @staticmethod
@@ -132,8 +136,10 @@ class _TiedTable(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> Tensor | None:
         rows, table = gradients
-        if table is None or rows is None:
-            return rows.to_dense() if table is None and rows is not None else table
+        if rows is None:
+            return table
+        if table is None:
+            return rows.to_dense()
         return table.add_(rows)  # nobody else has it: the head's product made it for this node
 
 

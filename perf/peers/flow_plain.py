@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from flow_rig import GROUP, PROMPTS, STEPS, dit_folder, flow_recipe
-from peers.pairs import Spread, summary
+from peers.pairs import Spread, keep, summary
 from peers.plain_dance import UPDATES, PlainDance
 from rig import built_run
 
@@ -117,9 +117,7 @@ def main() -> int:
     }
     report(*names, result)
     target = arguments.out or machine.REPOSITORY / "runs" / "perf" / f"flow_{names[0]}_{names[1]}.json"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(f"written to {target}")
+    keep(result, target)
     return 0
 
 

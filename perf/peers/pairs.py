@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 
@@ -52,3 +54,10 @@ def summary(first: str, second: str, pairs: Sequence[tuple[float, float]]) -> di
         second: asdict(Spread.of([b for _, b in pairs])),
         f"{first}/{second}": asdict(Spread.of([a / b for a, b in pairs])),
     }
+
+
+def keep(result: dict[str, Any], target: Path) -> None:
+    """Write a result as JSON, its folder too, and say where."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(f"written to {target}")

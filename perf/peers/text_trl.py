@@ -24,7 +24,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from peers.channel import DriverSide, PeerError
-from peers.pairs import Spread, summary
+from peers.pairs import Spread, keep, summary
 from peers.questions import write_questions
 
 from mmrl_core.perf import machine
@@ -63,9 +63,7 @@ def main() -> int:
     }
     report(first, second, result["summary"], details)
     target = arguments.out or PERF.parent / "runs" / "perf" / f"text_{second}_{arguments.tokens}.json"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(f"written to {target}")
+    keep(result, target)
     return 0
 
 

@@ -12,7 +12,6 @@ Needs mmrl-verl.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -26,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torch.distributed as dist
-from peers.pairs import Spread, summary
+from peers.pairs import Spread, keep, summary
 from rig import built_run, text_recipe
 from test_text import whole_minibatch
 from torch import Tensor
@@ -39,7 +38,6 @@ from mmrl_core.packaged_models import local_path
 from mmrl_core.perf import machine
 from mmrl_core.text.token_batches import left_pad
 
-LR = 5e-6
 SAME_NORM = 1e-3
 """Largest relative difference of the first update's gradient norms. transformers gives the padding token's row of the
 embedding no gradient, and verl leaves that as it is."""
@@ -54,9 +52,9 @@ def main() -> int:
         "verl-fsdp2": {"name": "verl-fsdp2", "micro_batch_samples": 32},
     }
     with tempfile.TemporaryDirectory(prefix="mmrl-peers-") as scratch, ExitStack() as stack:
-        folder, model = Path(scratch), str(local_path(arguments.model))
+        folder = Path(scratch)
         recipe = text_recipe(
-            model,
+            str(local_path(arguments.model)),
             folder,
             backend=backends[arguments.backend],
             sampling={"max_new_tokens": arguments.tokens, "temperature": 1.0, "ignore_eos": True},
@@ -66,7 +64,7 @@ def main() -> int:
             dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
             stack.callback(dist.destroy_process_group)
         minibatch = off_policy(run, whole_minibatch(run, collect(run, 1)))
-        sides = ours(run, minibatch), verls(run, model, minibatch, arguments)
+        sides = ours(run, minibatch), verls(run, minibatch)
         pairs = take_turns(sides, arguments)
     result = {
         "fingerprint": machine.fingerprint(arguments.threads),
@@ -82,9 +80,7 @@ def main() -> int:
     print(f"                            verl {Spread(**result['summary']['verl']).text(' s')}")
     print(f"paired ratio ours / verl: {Spread(**result['summary']['ours/verl']).text(digits=3)}")
     target = arguments.out or machine.REPOSITORY / "runs" / "perf" / f"update_{arguments.backend}_verl.json"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(f"written to {target}")
+    keep(result, target)
     return 0
 
 
@@ -122,7 +118,7 @@ def ours(run: Run, minibatch: Minibatch) -> Side:
     return lambda: run.backend.update(minibatch, loss)["grad_norm"]
 
 
-def verls(run: Run, model: str, minibatch: Minibatch, arguments: argparse.Namespace) -> Side:
+def verls(run: Run, minibatch: Minibatch) -> Side:
     """`train_batch` of verl's engine on the same rows."""
     from mmrl_verl.platforms import choose, engine_class
 
@@ -145,16 +141,18 @@ def verls(run: Run, model: str, minibatch: Minibatch, arguments: argparse.Namesp
     )
     engine = engine_class("fsdp2")(
         model_config=HFModelConfig(
-            path=model, use_remove_padding=False, override_config={"attn_implementation": "sdpa"}
+            path=run.recipe.model.path, use_remove_padding=False, override_config={"attn_implementation": "sdpa"}
         ),
         engine_config=settings,
-        optimizer_config=FSDPOptimizerConfig(lr=LR, clip_grad=1.0, weight_decay=0.0, total_training_steps=10**6),
+        optimizer_config=FSDPOptimizerConfig(
+            lr=run.recipe.optimizer.lr, clip_grad=1.0, weight_decay=0.0, total_training_steps=10**6
+        ),
         checkpoint_config=CheckpointConfig(),
     )
     engine.initialize()
     actor = FSDPActorConfig(
         strategy="fsdp2",
-        rollout_n=8,
+        rollout_n=run.recipe.algorithm.samples_per_prompt,
         ppo_mini_batch_size=rows,
         ppo_micro_batch_size_per_gpu=rows,
         use_kl_loss=False,
