@@ -16,7 +16,7 @@ from mmrl_core.checkpoint.initial_weights import load_initial
 from mmrl_core.contracts import ActionStats, Bucket, GenerationRequest, Prompt, Record, Rollouts, Sample, TokenPolicy
 from mmrl_core.errors import DataError, ModelError
 from mmrl_core.lora import add_adapters, set_adapters
-from mmrl_core.text import model_folder
+from mmrl_core.text import model_folder, packing
 from mmrl_core.text.flops import DecoderSize
 from mmrl_core.text.prefix_cache import PromptRecorder
 from mmrl_core.text.token_batches import left_pad, unique_prompts
@@ -147,6 +147,7 @@ class CausalLmPolicy(TokenPolicy):
         if adapters and self.model.lora is not None:
             add_adapters(model, self.model.lora, task_type="CAUSAL_LM")
         model_folder.check_head(model, self.model.path)
+        packing.enable(model)
         return TextNetwork(model).eval()
 
     @contextmanager
@@ -205,7 +206,6 @@ class CausalLmPolicy(TokenPolicy):
     def _token_stats(self, model: Any, batch: Rollouts, shared: bool) -> tuple[Tensor, Tensor]:
         """(log-probs, entropy), both [b, width] with width at least the longest response of these rows."""
         device = next(model.parameters()).device
-        prompts, prompt_of_row = unique_prompts(batch)
         # the response pass of a shared prompt feeds all tokens but the last: it must have one even here
         width = max(int(batch.mask.sum(-1).max()), 2 if shared else 1)
         responses = pad_sequence(batch.payload["response_ids"], batch_first=True, padding_value=self.pad_id)
@@ -216,19 +216,28 @@ class CausalLmPolicy(TokenPolicy):
             taken = torch.zeros_like(taken)
             taken[0, 0] = True  # no action counts, but the network must be in the graph; its weight is 0
         embed, head = model_folder.ends(model)
-        if shared:
-            hidden = self._shared_hidden(model, embed, prompts, prompt_of_row, responses)
-        else:
-            hidden = self._repeated_hidden(model, embed, batch.payload["prompt_ids"], responses)
         log_probs, entropy = token_stats(
             head,
-            hidden[taken],
+            self._states(model, embed, batch, responses, taken, shared),
             responses[taken],
             temperature=self.sampling.temperature or 1.0,
             logits_bytes=self.options.logits_memory_mb << 20,
         )
         zeros = torch.zeros(taken.shape, dtype=torch.float32, device=device)
         return zeros.masked_scatter(taken, log_probs), zeros.masked_scatter(taken, entropy)
+
+    def _states(
+        self, model: Any, embed: model_folder.Embed, batch: Rollouts, responses: Tensor, taken: Tensor, shared: bool
+    ) -> Tensor:
+        """[n, H]: the state that predicts each of `responses[taken]`."""
+        prompts, prompt_of_row = unique_prompts(batch)
+        if not shared:
+            prompts, prompt_of_row = batch.payload["prompt_ids"], torch.arange(len(responses))
+        if packing.is_enabled(model):
+            return packing.packed_states(_decoder(model), embed, prompts, prompt_of_row, responses, taken)
+        if shared:
+            return self._shared_hidden(model, embed, prompts, prompt_of_row, responses)[taken]
+        return self._repeated_hidden(model, embed, prompts, responses)[taken]
 
     def _shared_hidden(
         self, model: Any, embed: model_folder.Embed, prompts: list[Tensor], prompt_of_row: Tensor, responses: Tensor

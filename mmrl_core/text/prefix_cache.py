@@ -6,6 +6,7 @@ keys and values (recording again is idempotent), the response pass *reads* the r
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,12 +43,15 @@ class PromptRecorder(Cache):  # type: ignore[misc]
 
     def for_rows(self, prompt_of_row: Tensor) -> Cache:
         """The cache of the response pass: row i sees the prompt `prompt_of_row[i]` ([rows] int64, ascending)."""
-        prompts, counts = torch.unique_consecutive(prompt_of_row, return_counts=True)
-        uniform = bool((counts == counts[0]).all()) and len(prompts) == len(self.layers[0].recorded[0])
+        repeated = repeater(prompt_of_row, len(self.layers[0].recorded[0]))
+        return Cache(layers=[_Reader(*(repeated(recorded) for recorded in layer.recorded)) for layer in self.layers])
 
-        def rows(recorded: Tensor) -> Tensor:
-            if uniform:  # its backward is a plain sum over the group, deterministic on every device
-                return recorded.repeat_interleave(int(counts[0]), dim=0)
-            return recorded.index_select(0, prompt_of_row.to(recorded.device))
 
-        return Cache(layers=[_Reader(rows(k), rows(v)) for k, v in (layer.recorded for layer in self.layers)])
+def repeater(prompt_of_row: Tensor, prompts: int) -> Callable[[Tensor], Tensor]:
+    """Tensors [prompts, ...] -> [rows, ...]: row i gets that of prompt `prompt_of_row[i]` ([rows] int64, ascending)."""
+    present, counts = torch.unique_consecutive(prompt_of_row, return_counts=True)
+    if len(present) == prompts and bool((counts == counts[0]).all()):
+        group = int(counts[0])
+        # its backward is a plain sum over the group, deterministic on every device
+        return lambda tensor: tensor.repeat_interleave(group, dim=0) if group > 1 else tensor
+    return lambda tensor: tensor.index_select(0, prompt_of_row.to(tensor.device))

@@ -16,7 +16,8 @@ CACHED = 1 << 19
 class _ChosenTokenStats(torch.autograd.Function):
     """(log p(target), entropy) of softmax(logits / temperature), fp32.
 
-    Keeps one [n, V] tensor (the probabilities) where autograd's log_softmax + gather would keep or create three.
+    Keeps one [n, V] tensor (the probabilities) where autograd's log_softmax + gather would keep or create three. fp32
+    logits that need a gradient become it: fresh memory is slow. Autograd raises if whoever made them needs them.
     d log p_y / dz = onehot(y) - p;  dH / dz_j = -p_j (log p_j + H).
     """
 
@@ -26,12 +27,12 @@ class _ChosenTokenStats(torch.autograd.Function):
         log_probs = torch.empty(count, dtype=torch.float32, device=logits.device)
         entropy = torch.empty_like(log_probs)
         keep = ctx.needs_input_grad[0]
-        probabilities = torch.empty(logits.shape, dtype=torch.float32, device=logits.device) if keep else None
+        probabilities = logits.detach().to(torch.float32) if keep else None
         # on a CPU in rows that stay in its cache: five passes over memory become one
         rows = max(1, CACHED // vocabulary) if logits.device.type == "cpu" else max(1, count)
         for start in range(0, count, rows):
             part = slice(start, start + rows)
-            z = logits[part].detach().float()
+            z = logits[part].detach().float() if probabilities is None else probabilities[part]
             z = z / temperature if temperature != 1.0 else z
             z = z - z.amax(-1, keepdim=True)
             chosen = z.gather(-1, targets[part, None])[:, 0]
