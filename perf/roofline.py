@@ -1,5 +1,6 @@
 """How near the text job comes to what this machine can do: the update to its matrix products, generation to its floor.
 
+    eval "$(mmrl env cpu recipes/quickstart.yaml)"    # what a recipe with `launcher.environment: device` runs with
     OMP_NUM_THREADS=2 python perf/roofline.py --threads 2
 
 SmolLM2-135M-Instruct in fp32, 4 prompts x 8 samples of exactly `--tokens` tokens. In each round, one after the other:

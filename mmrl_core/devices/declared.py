@@ -11,6 +11,7 @@ DEVICES = (
         summary="The host's cores",
         target="mmrl_core.devices.cpu:CpuDevice",
         probe="mmrl_core.devices.probes:cpu",
+        environment="mmrl_core.devices.cpu_environment:recommend",
     ),
     Component(
         name="cuda",

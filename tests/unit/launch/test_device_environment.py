@@ -115,3 +115,32 @@ def test_ranks_of_the_local_launcher_get_them(
     assert LocalLauncher(options).launch(recipe, "unused") == 0
     assert [e["RANK"] for e in started] == [str(rank) for rank in range(processes)]
     assert all(e["RANKS_X_NODES"] == f"{processes}x1" and e["LIBS"] == "/lib/b.so:/lib/a.so" for e in started)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the variables are glibc's")
+def test_what_the_cpu_wants_keeps_freed_memory(recipe: Recipe) -> None:
+    """Page faults of making and freeing a large tensor ten times, when the heap has found its size."""
+    (cpu,) = (one for one in load_plugins().found("device") if one.name == "cpu")
+    wanted = additions(recommended(cpu, recipe, ranks=1), {})
+    script = (
+        "import resource, torch\n"
+        "for _ in range(30): torch.ones(1 << 24)\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "for _ in range(10): torch.ones(1 << 24)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"
+    )
+    faults = [
+        int(
+            subprocess.run(
+                [sys.executable, "-c", script],
+                env={**os.environ, **added},
+                capture_output=True,
+                text=True,
+                check=True,
+                timeout=120,
+            ).stdout
+        )
+        for added in ({}, wanted)
+    ]
+    assert faults[0] > 10 * (1 << 26) / 2**21, "the library kept freed memory by itself"  # huge pages at most
+    assert faults[1] < faults[0] / 10
