@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
+from mmrl_core.text.model_folder import Embed
 from mmrl_core.text.prefix_cache import repeater
 
 log = logging.getLogger("mmrl.model")
@@ -121,7 +122,7 @@ def attention(
 
 def packed_states(
     decoder: Any,
-    embed: Callable[[Tensor], dict[str, Tensor]],
+    embed: Embed,
     prompts: Sequence[Tensor],
     prompt_of_row: Tensor,
     responses: Tensor,

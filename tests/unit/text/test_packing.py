@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -65,8 +64,7 @@ def apart(model: Any, responses: Tensor, taken: Tensor) -> Tensor:
 
 def packed(model: Any, responses: Tensor, taken: Tensor, *, shared: bool) -> Tensor:
     prompts, row = (PROMPTS, PROMPT_OF_ROW) if shared else ([PROMPTS[p] for p in PROMPT_OF_ROW], torch.arange(6))
-    embed: Callable[[Tensor], dict[str, Tensor]] = lambda ids: {"input_ids": ids}  # noqa: E731
-    return packing.packed_states(model.get_decoder(), embed, prompts, row, responses, taken)
+    return packing.packed_states(model.get_decoder(), lambda ids: {"input_ids": ids}, prompts, row, responses, taken)
 
 
 def gradients(model: Any, states: Tensor) -> dict[str, Tensor]:
